@@ -1,0 +1,1 @@
+"""Images of a robot rendered by MuJoCo, with exact cameras, masks, depth and link ids."""

@@ -1,0 +1,22 @@
+"""Fixtures shared by the tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(os.environ.get("KINESPLAT_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with robots, URDFs and photographs that are not part of the project."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the shared test inputs at {SHARED} (set KINESPLAT_SHARED)")
+    return SHARED

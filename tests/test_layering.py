@@ -10,7 +10,7 @@ import kinesplat
 PACKAGE = Path(kinesplat.__file__).parent
 LEVELS = [
     ["errors"],
-    ["kinematics", "camera", "gaussians"],
+    ["couplings", "kinematics", "camera", "gaussians"],
     ["description", "rasterizer"],
     ["surface", "skinning", "dataset"],
     ["model_file", "self_model"],

@@ -1,0 +1,446 @@
+"""Forward kinematics of a robot as flat arrays: batched, differentiable, without a physics engine."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from kinesplat.couplings import Couplings
+from kinesplat.errors import InputError, ModelFileError
+
+JOINT_TYPES = ("fixed", "hinge", "slide", "ball")
+FIXED, HINGE, SLIDE, BALL = range(4)
+JUMP_LIMIT = 192
+"""Up to this many transforms in a batch, pointer jumping (few calls) beats going level by level (few products)."""
+
+
+@dataclass(frozen=True)
+class KinematicTree:
+    """A robot's kinematics: nodes are joints (or fixed steps) in a tree, links sit on nodes.
+
+    Node i maps to its parent by ``node_transform[i] @ exp(joint)``: a hinge turns by its coordinate about
+    `node_axis` through `node_anchor`, a slide moves along `node_axis`, a ball turns by a rotation vector (three
+    coordinates) about `node_anchor`; all in the node's own frame. Node 0 is the root and stays put.
+    Arrays are float64 whatever the dtype of q.
+
+    Attributes:
+        link_names: names of the links in tree order.
+        joint_names: names of the entries of q; a ball joint has three, with ``.x``, ``.y``, ``.z`` appended.
+        joint_types: "hinge" [rad], "slide" [m] or "ball" [rad] for every entry of q.
+        parents: ``(links,)`` parent link, -1 for a link that hangs on the world.
+        q_lower: ``(dof,)`` lower limits [rad or m]; -pi (or -1 m) where there is none.
+        q_upper: ``(dof,)`` upper limits [rad or m]; pi (or 1 m) where there is none.
+        q_limited: ``(dof,)`` whether the joint has limits.
+        q_canonical: ``(dof,)`` the description's home configuration, within limits.
+        T_world_base: ``(4, 4)`` where the base is unless a call says otherwise.
+        base_node: node that a free base moves; 0 when the base is fixed, then everything moves with `T_world_base`.
+        node_parent: ``(nodes,)`` parent node, smaller than the node itself; 0 for the root.
+        node_type: ``(nodes,)`` index into `JOINT_TYPES`.
+        node_coordinate: ``(nodes,)`` (first) coordinate of the node, -1 for fixed ones.
+        node_transform: ``(nodes, 4, 4)`` node in its parent when its coordinates are zero [m].
+        node_axis: ``(nodes, 3)`` unit axis of a hinge or slide.
+        node_anchor: ``(nodes, 3)`` point that a hinge or ball leaves in place [m].
+        link_node: ``(links,)`` node that carries the link; the link's frame is the node's.
+        couplings: how coordinates follow from q.
+    """
+
+    link_names: tuple[str, ...]
+    joint_names: tuple[str, ...]
+    joint_types: tuple[str, ...]
+    parents: Int64[Tensor, " links"]
+    q_lower: Float[Tensor, " dof"]
+    q_upper: Float[Tensor, " dof"]
+    q_limited: Bool[Tensor, " dof"]
+    q_canonical: Float[Tensor, " dof"]
+    T_world_base: Float[Tensor, "4 4"]
+    base_node: int
+    node_parent: Int64[Tensor, " nodes"]
+    node_type: Int64[Tensor, " nodes"]
+    node_coordinate: Int64[Tensor, " nodes"]
+    node_transform: Float[Tensor, "nodes 4 4"]
+    node_axis: Float[Tensor, "nodes 3"]
+    node_anchor: Float[Tensor, "nodes 3"]
+    link_node: Int64[Tensor, " links"]
+    couplings: Couplings
+
+    @property
+    def dof(self) -> int:
+        """Number of independent scalar joints."""
+        return len(self.joint_names)
+
+    def forward_kinematics(
+        self, q: Float[Tensor, "*#batch dof"], T_world_base: Float[Tensor, "*#batch 4 4"] | None = None
+    ) -> Float[Tensor, "*b links 4 4"]:
+        """Pose of every link in the world, ``Ts_world_link (*batch, links, 4, 4)`` [m], in q's dtype.
+
+        Product of exponentials (Murray, Li, Sastry 1994, section 3.2), one exponential a joint.
+
+        Args:
+            q: ``(*batch, dof)`` joint values [rad or m].
+            T_world_base: ``(*batch, 4, 4)`` where the base is; the description's own place by default.
+
+        Raises:
+            InputError: q has another number of joints, is not floating point, or is not finite.
+        """
+        c = self._constants(q)
+        q, T_world_base = self._checked(q, T_world_base)
+        theta = c.couplings.coordinates_of(q).reshape(q.shape[:-1].numel(), self.couplings.coordinates)
+        Ts = self._nodes(theta, T_world_base, c).index_select(0, c.link_node).transpose(0, 1)
+        return Ts.reshape(*q.shape[:-1], *Ts.shape[1:])
+
+    def link_jacobian(
+        self, q: Float[Tensor, "*#batch dof"], T_world_base: Float[Tensor, "*#batch 4 4"] | None = None
+    ) -> Float[Tensor, "*b links 6 dof"]:
+        """Spatial twist ``[v; w]`` of every link in the world for a unit of each joint's velocity, in closed form.
+
+        ``d T_world_link / dq_j = hat(J[..., link, :, j]) @ T_world_link`` (Murray, Li, Sastry 1994, eq. 3.51).
+
+        Returns:
+            ``(*batch, links, 6, dof)``: v [m/rad or 1] of the point at the world's origin, w [1 or 1/m].
+        """
+        c = self._constants(q)
+        q, T_world_base = self._checked(q, T_world_base)
+        theta = c.couplings.coordinates_of(q).reshape(q.shape[:-1].numel(), self.couplings.coordinates)
+        twists = _twists(self._nodes(theta, T_world_base, c), theta, c)
+        J = twists.permute(1, 2, 0)[:, None] * c.moves[:, None]
+        J = J.reshape(*q.shape[:-1], *J.shape[1:])
+        if len(self.couplings.dependent):
+            return J @ c.couplings.jacobian(q)[..., None, :, :]
+        return J
+
+    def clamp(self, q: Float[Tensor, "*batch dof"]) -> Float[Tensor, "*batch dof"]:
+        """q moved into the joint limits; joints without limits stay as they are."""
+        lower, upper, limited = (t.to(q.device) for t in (self.q_lower, self.q_upper, self.q_limited))
+        clamped = torch.where(limited, torch.minimum(torch.maximum(q, lower.to(q)), upper.to(q)), q)
+        for first in self._limited_balls:
+            angle = clamped[..., first : first + 3].norm(dim=-1, keepdim=True).clamp(min=1e-12)
+            scale = (upper[first].to(q) / angle).clamp(max=1.0)
+            rest = clamped[..., :first], clamped[..., first + 3 :]
+            clamped = torch.cat([rest[0], clamped[..., first : first + 3] * scale, rest[1]], dim=-1)
+        return clamped
+
+    def coordinates(self, q: Float[Tensor, "*batch dof"]) -> Float[Tensor, "*batch coordinates"]:
+        """Value of every joint coordinate, coupled ones included, in node order [rad or m]."""
+        return self._constants(q).couplings.coordinates_of(self._checked(q, None)[0])
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything as named tensors (text as UTF-8 bytes), for a model file."""
+        text = {name: getattr(self, name) for name in ("link_names", "joint_names", "joint_types")}
+        numbers = {"base_node": self.base_node, "coordinates": self.couplings.coordinates}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        coupled = {f"couplings.{name}": getattr(self.couplings, name) for name in _COUPLING_TENSORS}
+        header = torch.tensor(list(json.dumps({**text, **numbers}).encode()), dtype=torch.uint8)
+        return {"header": header, **tensors, **coupled}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "KinematicTree":
+        """The tree that `to_tensors` wrote.
+
+        Raises:
+            ModelFileError: an array is missing, or they contradict each other.
+        """
+        try:
+            header = json.loads(bytes(tensors["header"].tolist()))
+            coupled = {name: tensors[f"couplings.{name}"] for name in _COUPLING_TENSORS}
+            text = {name: tuple(header[name]) for name in ("link_names", "joint_names", "joint_types")}
+            tree = cls(
+                **text,
+                **{name: tensors[name] for name in _TENSORS},
+                base_node=header["base_node"],
+                couplings=Couplings(header["coordinates"], **coupled),
+            )
+        except KeyError as error:
+            raise ModelFileError(f"kinematic tree: array {error} is missing") from error
+        except (ValueError, TypeError) as error:
+            raise ModelFileError(f"kinematic tree: {error}") from error
+        tree._validate()
+        return tree
+
+    def _validate(self) -> None:
+        nodes, links = len(self.node_parent), len(self.link_names)
+        coordinates, c = self.couplings.coordinates, self.couplings
+        rows = torch.arange(nodes)
+        checks = {
+            "node_parent": nodes > 0 and bool(((self.node_parent < rows) | (rows == 0)).all()),
+            "node_type": _within(self.node_type, 0, len(JOINT_TYPES)),
+            "node_coordinate": _within(self.node_coordinate, -1, coordinates),
+            "node_transform": self.node_transform.shape == (nodes, 4, 4),
+            "node_axis": self.node_axis.shape == self.node_anchor.shape == (nodes, 3),
+            "link_node": len(self.link_node) == links and _within(self.link_node, 0, nodes),
+            "parents": len(self.parents) == links and _within(self.parents, -1, links),
+            "base_node": 0 <= self.base_node < nodes,
+            "q_lower": all(len(t) == self.dof for t in (self.q_lower, self.q_upper, self.q_limited, self.q_canonical)),
+            "couplings": len(c.independent) == self.dof
+            and all(_within(t, 0, coordinates) for t in (c.independent, c.dependent, c.driver)),
+        }
+        wrong = [name for name, good in checks.items() if not good]
+        if wrong:
+            raise ModelFileError(f"kinematic tree: inconsistent {', '.join(wrong)}")
+
+    def _checked(self, q: Tensor, T_world_base: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if q.shape[-1:] != (self.dof,):
+            names = ", ".join(self.joint_names)
+            raise InputError(f"q has shape {tuple(q.shape)}; its last axis must hold the {self.dof} joints ({names})")
+        if not q.is_floating_point():
+            raise InputError(f"q is {q.dtype}; expected floating point")
+        if not bool(torch.isfinite(q).all()):
+            bad = torch.nonzero(~torch.isfinite(q))[0].tolist()
+            raise InputError(f"q of joint {self.joint_names[bad[-1]]!r} is {q[tuple(bad)].item()} at index {bad}")
+        if T_world_base is None:
+            return q, None
+        if T_world_base.shape[-2:] != (4, 4):
+            raise InputError(f"T_world_base has shape {tuple(T_world_base.shape)}; expected (*batch, 4, 4)")
+        T_world_base = T_world_base.to(q)
+        batch = torch.broadcast_shapes(q.shape[:-1], T_world_base.shape[:-2])
+        return q.expand(*batch, self.dof), T_world_base.expand(*batch, 4, 4).reshape(-1, 4, 4)
+
+    def _nodes(self, theta: Tensor, T_world_base: Tensor | None, c: "_Constants") -> Tensor:
+        """``(nodes, batch, 4, 4)`` pose of every node in the world; theta is ``(batch, coordinates)``."""
+        nodes: Tensor = _NodeTransforms.apply(theta, c)  # pyright: ignore[reportAssignmentType]
+        if T_world_base is None:
+            if not c.base_matters:
+                return nodes
+            T_world_base = c.T_world_base
+        moved = T_world_base @ nodes
+        return moved if c.all_on_base else torch.where(c.on_base[:, None, None, None], moved, nodes)
+
+    def _constants(self, q: Tensor) -> "_Constants":
+        key = (q.device, q.dtype)
+        if key not in self._cache:
+            self._cache[key] = _Constants.of(self, *key)
+        return self._cache[key]
+
+    @cached_property
+    def _cache(self) -> "dict[tuple[torch.device, torch.dtype], _Constants]":
+        return {}
+
+    @cached_property
+    def _limited_balls(self) -> list[int]:
+        firsts = self.node_coordinate[self.node_type == BALL]
+        entries = [int((self.couplings.independent == first).nonzero()) for first in firsts]
+        return [entry for entry in entries if self.q_limited[entry]]
+
+
+_TENSORS = [name for name, kind in KinematicTree.__annotations__.items() if "Tensor" in str(kind)]
+_COUPLING_TENSORS = [name for name, kind in Couplings.__annotations__.items() if "Tensor" in str(kind)]
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """Arrays derived from a tree for one dtype and device; nodes sorted by depth."""
+
+    couplings: Couplings
+    basis: Float[Tensor, "nodes 4 16"]  # of 1, sin, 1 - cos and the coordinate itself: a node's transform
+    coordinate: Int64[Tensor, " nodes"]
+    balls: Int64[Tensor, " k"]
+    ball_coordinates: Int64[Tensor, "k 3"]
+    anchors: Float[Tensor, "k 3"]
+    screws: Float[Tensor, "coordinates 6"]
+    screw_node: Int64[Tensor, " coordinates"]
+    levels: tuple[tuple[int, int, Tensor], ...]
+    jumps: tuple[Tensor, ...]
+    below: Float[Tensor, "nodes nodes"]  # 1 where the column's node is the row's or hangs on it
+    moves: Float[Tensor, "links coordinates"]
+    link_node: Int64[Tensor, " links"]
+    T_world_base: Float[Tensor, "4 4"]
+    base_matters: bool
+    on_base: Bool[Tensor, " nodes"]
+    all_on_base: bool
+
+    @classmethod
+    def of(cls, tree: KinematicTree, device: torch.device, dtype: torch.dtype) -> "_Constants":
+        parents = tree.node_parent.tolist()
+        depth = [0] * len(parents)
+        for node in range(1, len(parents)):
+            depth[node] = depth[parents[node]] + 1
+        order = sorted(range(len(parents)), key=depth.__getitem__)
+        place = torch.tensor(order).argsort()
+        parent = place[tree.node_parent[order]]
+        below = torch.eye(len(order), dtype=torch.float64)
+        for node in range(len(order) - 1, 0, -1):
+            below[parent[node]] += below[node]
+        balls = (tree.node_type[order] == BALL).nonzero()[:, 0]
+        screws, screw_node = _screws(tree, place)
+        link_node = place[tree.link_node]
+        on_base = below[place[tree.base_node]] > 0
+        floats = {
+            "basis": _basis(tree)[order],
+            "anchors": tree.node_anchor[order][balls],
+            "screws": screws,
+            "below": below,
+            "moves": below[screw_node][:, link_node].T,
+            "T_world_base": tree.T_world_base,
+        }
+        indices = {
+            "coordinate": tree.node_coordinate[order].clamp(min=0),
+            "balls": balls,
+            "ball_coordinates": tree.node_coordinate[order][balls, None] + torch.arange(3),
+            "screw_node": screw_node,
+            "link_node": link_node,
+            "on_base": on_base,
+        }
+        return cls(
+            couplings=tree.couplings.to(device, dtype),
+            **{name: value.to(device, dtype).contiguous() for name, value in floats.items()},
+            **{name: value.to(device) for name, value in indices.items()},
+            levels=_levels([depth[node] for node in order], parent, device),
+            jumps=_jumps(parent, max(depth), device),
+            base_matters=not torch.equal(tree.T_world_base, torch.eye(4, dtype=torch.float64)),
+            all_on_base=bool(on_base[link_node].all()),
+        )
+
+
+class _NodeTransforms(torch.autograd.Function):
+    """``theta (batch, coordinates)`` to ``(nodes, batch, 4, 4)`` poses of all nodes relative to the root.
+
+    Backward without a graph: the gradient of every node's pose is a wrench about the root's origin; wrenches add up
+    towards the root, and a joint's gradient is its twist times the wrench of all that hangs on it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(theta: Tensor, c: _Constants) -> Tensor:
+        local = _local_transforms(theta, c)
+        nodes, batch = local.shape[:2]
+        if nodes * batch <= JUMP_LIMIT:
+            for jump in c.jumps:
+                local = local.index_select(0, jump) @ local
+            return local
+        T = torch.empty_like(local)
+        T[0] = local[0]
+        for start, end, parents in c.levels:
+            torch.matmul(T.index_select(0, parents), local[start:end], out=T[start:end])
+        return T
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, _Constants], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+        ctx.constants = inputs[1]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        theta, T = ctx.saved_tensors
+        c: _Constants = ctx.constants
+        M = T[..., :3, :] @ gradient[..., :3, :].mT
+        moment = torch.stack(
+            [M[..., 1, 2] - M[..., 2, 1], M[..., 2, 0] - M[..., 0, 2], M[..., 0, 1] - M[..., 1, 0]], -1
+        )
+        wrench = torch.cat([gradient[..., :3, 3], moment], dim=-1)
+        carried = (c.below @ wrench.flatten(1)).view_as(wrench)
+        return (_twists(T, theta, c) * carried.index_select(0, c.screw_node)).sum(-1).T, None
+
+
+def _local_transforms(theta: Tensor, c: _Constants) -> Tensor:
+    """``(nodes, batch, 4, 4)`` of every node in its parent."""
+    padded = theta if theta.shape[-1] else theta.new_zeros(len(theta), 1)
+    x = padded.T.index_select(0, c.coordinate)
+    local = (torch.stack([torch.ones_like(x), x.sin(), 1 - x.cos(), x], dim=-1) @ c.basis).unflatten(-1, (4, 4))
+    if len(c.balls):
+        R = _rotation(theta.T[c.ball_coordinates].permute(0, 2, 1))
+        E = torch.zeros_like(local[c.balls])
+        E[..., :3, :3], E[..., 3, 3] = R, 1
+        E[..., :3, 3] = (c.anchors[:, None, :, None] - R @ c.anchors[:, None, :, None])[..., 0]
+        local = local.index_copy(0, c.balls, local[c.balls] @ E)
+    return local
+
+
+def _twists(T: Tensor, theta: Tensor, c: _Constants) -> Tensor:
+    """``(coordinates, batch, 6)`` twist [v; w] of a unit velocity of each coordinate, in the frame that T maps to."""
+    screws = c.screws[:, None].expand(-1, T.shape[1], -1)
+    if len(c.balls):
+        J = _right_jacobian(theta.T[c.ball_coordinates].permute(0, 2, 1))
+        v = torch.linalg.cross(c.anchors[:, None, :, None].expand_as(J), J, dim=-2)
+        columns = torch.cat([v, J], dim=-2).permute(0, 3, 1, 2)
+        screws = screws.index_copy(0, c.ball_coordinates.flatten(), columns.flatten(0, 1))
+    frames = T.index_select(0, c.screw_node)
+    turned = frames[..., :3, :3] @ screws.unflatten(-1, (2, 3)).mT
+    v, w = turned.unbind(-1)
+    return torch.cat([v + torch.linalg.cross(frames[..., :3, 3], w), w], dim=-1)
+
+
+def _rotation(vector: Tensor) -> Tensor:
+    """Rotation matrix of a rotation vector, ``(*batch, 3)`` [rad] to ``(*batch, 3, 3)`` (Rodrigues)."""
+    sine, cosine, _ = _sinc_family(vector)
+    K = _hat(vector)
+    return torch.eye(3, dtype=K.dtype, device=K.device) + sine * K + cosine * (K @ K)
+
+
+def _right_jacobian(vector: Tensor) -> Tensor:
+    """Angular velocity in the turned frame per velocity of the rotation vector (Chirikjian 2012, eq. 10.86)."""
+    _, cosine, cubic = _sinc_family(vector)
+    K = _hat(vector)
+    return torch.eye(3, dtype=K.dtype, device=K.device) - cosine * K + cubic * (K @ K)
+
+
+def _sinc_family(vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """sin(a)/a, (1 - cos a)/a^2, (a - sin a)/a^3 of the angle a, smooth at zero; ``(*batch, 1, 1)`` each."""
+    squared = (vector * vector).sum(-1)[..., None, None]
+    small = squared < 1e-4
+    a = torch.where(small, torch.ones_like(squared), squared).sqrt()
+    series = [
+        1 - squared / 6 * (1 - squared / 20 * (1 - squared / 42)),
+        0.5 - squared / 24 * (1 - squared / 30 * (1 - squared / 56)),
+        1 / 6 - squared / 120 * (1 - squared / 42 * (1 - squared / 72)),
+    ]
+    exact = [a.sin() / a, 2 * ((0.5 * a).sin() / a) ** 2, (a - a.sin()) / a**3]
+    sine, cosine, cubic = (torch.where(small, s, e) for s, e in zip(series, exact, strict=True))
+    return sine, cosine, cubic
+
+
+def _hat(vector: Tensor) -> Tensor:
+    """Cross product matrix, ``(*batch, 3)`` to ``(*batch, 3, 3)``."""
+    x, y, z = vector.unbind(-1)
+    zero = torch.zeros_like(x)
+    return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
+
+
+def _basis(tree: KinematicTree) -> Tensor:
+    """A node's transform is ``basis[0] + sin x basis[1] + (1 - cos x) basis[2] + x basis[3]`` of its coordinate x."""
+    hinge, slide = ((tree.node_type == kind).double()[:, None, None] for kind in (HINGE, SLIDE))
+    K = _hat(tree.node_axis) * hinge
+    generator = torch.zeros_like(tree.node_transform)
+    generator[:, :3, :3] = K
+    generator[:, :3, 3] = -(K @ tree.node_anchor[..., None])[..., 0]
+    squared = generator @ generator
+    shift = torch.zeros_like(generator)
+    shift[:, :3, 3] = tree.node_axis * slide[..., 0]
+    parts = [torch.eye(4, dtype=generator.dtype).expand_as(generator), generator, squared, shift]
+    return torch.stack([tree.node_transform @ part for part in parts], dim=1).flatten(2)
+
+
+def _screws(tree: KinematicTree, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Twist [v; w] of every coordinate in its node's frame (zero for balls, they depend on q), and its node."""
+    screws = torch.zeros(tree.couplings.coordinates, 6, dtype=torch.float64)
+    screw_node = torch.zeros(tree.couplings.coordinates, dtype=torch.int64)
+    for node, (kind, first) in enumerate(zip(tree.node_type.tolist(), tree.node_coordinate.tolist(), strict=True)):
+        axis = tree.node_axis[node]
+        if kind == HINGE:
+            screws[first] = torch.cat([torch.linalg.cross(tree.node_anchor[node], axis), axis])
+        if kind == SLIDE:
+            screws[first, :3] = axis
+        if kind != FIXED:
+            screw_node[first : first + (3 if kind == BALL else 1)] = place[node]
+    return screws, screw_node
+
+
+def _levels(depth: list[int], parent: Tensor, device: torch.device) -> tuple[tuple[int, int, Tensor], ...]:
+    starts = [depth.index(level) for level in range(1, max(depth) + 1)]
+    ends = [*starts[1:], len(depth)]
+    return tuple((s, e, parent[s:e].to(device)) for s, e in zip(starts, ends, strict=False))
+
+
+def _jumps(parent: Tensor, depth: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Ancestors 1, 2, 4, ... steps up; the product over them is the whole chain."""
+    jumps, reached = [], 1
+    while reached <= depth:
+        jumps.append(parent.to(device))
+        parent, reached = parent[parent], 2 * reached
+    return tuple(jumps)
+
+
+def _within(index: Tensor, low: int, high: int) -> bool:
+    return bool(((index >= low) & (index < high)).all())

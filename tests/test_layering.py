@@ -10,7 +10,7 @@ import kinesplat
 PACKAGE = Path(kinesplat.__file__).parent
 LEVELS = [
     ["errors"],
-    ["couplings", "kinematics", "camera", "gaussians"],
+    ["couplings", "kinematics", "twists", "camera", "gaussians", "files"],
     ["description", "rasterizer"],
     ["surface", "skinning", "dataset"],
     ["model_file", "self_model"],

@@ -1,0 +1,132 @@
+"""The photometric objective: rendered minus observed pixels, linearised in joints and camera (paper, eq. 8)."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from kinesplat.camera import Camera
+from kinesplat.inverse.levenberg_marquardt import Linearization
+from kinesplat.inverse.observation import Observation
+from kinesplat.kinematics import KinematicTree
+from kinesplat.self_model import SelfModel
+from kinesplat.twists import exp_twist
+
+
+@dataclass(frozen=True)
+class Configurations:
+    """A batch of candidate answers: joints, and one camera transform per view.
+
+    Attributes:
+        tree: whose limits hold.
+        q: ``(batch, dof)`` [rad]/[m].
+        T_cam_world: ``(batch, views, 4, 4)``.
+        camera_free: whether the cameras are variables too. A step is ``(dof [+ 6 views])``: joint increments, then per
+            view a twist [v; w] [m], [rad] applied on the left, ``T <- exp(twist^) T``.
+    """
+
+    tree: KinematicTree
+    q: Float[Tensor, "batch dof"]
+    T_cam_world: Float[Tensor, "batch views 4 4"]
+    camera_free: bool
+
+    def retract(self, step: Float[Tensor, "batch p"]) -> Self:
+        """The configurations after `step`, joints clamped to their limits."""
+        dof = self.tree.dof
+        q = self.tree.clamp(self.q + step[:, :dof])
+        if not self.camera_free:
+            return replace(self, q=q)
+        twists = step[:, dof:].unflatten(-1, (-1, 6))
+        return replace(self, q=q, T_cam_world=exp_twist(twists) @ self.T_cam_world)
+
+    def at_bound(self, gradient: Float[Tensor, "batch p"]) -> Bool[Tensor, "batch p"]:
+        """Joints on a limit that a descent step would leave."""
+        dof, limited = self.tree.dof, self.tree.q_limited
+        lower, upper = self.tree.q_lower.to(self.q), self.tree.q_upper.to(self.q)
+        slope = gradient[:, :dof]
+        held = limited & (((self.q <= lower) & (slope > 0)) | ((self.q >= upper) & (slope < 0)))
+        return torch.nn.functional.pad(held, (0, gradient.shape[1] - dof))
+
+    def where(self, accepted: Bool[Tensor, " batch"], other: Self) -> Self:
+        """`other` where accepted, self elsewhere."""
+        return replace(
+            self,
+            q=torch.where(accepted[:, None], other.q, self.q),
+            T_cam_world=torch.where(accepted[:, None, None, None], other.T_cam_world, self.T_cam_world),
+        )
+
+    def select(self, index: Tensor) -> Self:
+        """Some of the batch, by index or mask."""
+        return replace(self, q=self.q[index], T_cam_world=self.T_cam_world[index])
+
+
+@dataclass(frozen=True)
+class PhotometricObjective:
+    """Weighted squared difference between the rendered and the observed pixels, per pixel averaged over all views.
+
+    Attributes:
+        model: what is rendered.
+        observation: what was seen.
+        colour_weight: weight of the squared RGB differences.
+        alpha_weight: weight of the squared difference between alpha and mask; unused without masks.
+    """
+
+    model: SelfModel
+    observation: Observation
+    colour_weight: float = 1.0
+    alpha_weight: float = 1.0
+
+    @property
+    def residual_count(self) -> int:
+        """Number of residuals of one batch element."""
+        channels = 3 if self.observation.mask is None else 4
+        return self.observation.rgb[..., 0].numel() * channels
+
+    @property
+    def empty_loss(self) -> float:
+        """The loss of a picture without a robot: the yardstick for what a fit explains."""
+        seen = self.observation
+        loss = self.colour_weight * ((seen.rgb - seen.background) ** 2).sum(dim=-1).mean()
+        if seen.mask is not None:
+            loss = loss + self.alpha_weight * (seen.mask**2).mean()
+        return loss.item()
+
+    def residuals(self, at: Configurations) -> Float[Tensor, "batch m"]:
+        """``(batch, residual_count)`` weighted differences; their sum of squares is the loss."""
+        seen = self.observation
+        camera = Camera(seen.camera.K, at.T_cam_world, seen.camera.width, seen.camera.height)
+        outputs = ("rgb",) if seen.mask is None else ("rgb", "alpha")
+        out = self.model.render(at.q[:, None], camera, seen.background, outputs=outputs)
+        pixels = math.sqrt(seen.rgb[..., 0].numel())
+        parts = [(out.rgb - seen.rgb).flatten(1) * (math.sqrt(self.colour_weight) / pixels)]
+        if seen.mask is not None:
+            assert out.alpha is not None
+            parts.append((out.alpha - seen.mask).flatten(1) * (math.sqrt(self.alpha_weight) / pixels))
+        return torch.cat(parts, dim=1)
+
+    def linearize_by_differences(self, at: Configurations, h: float = 1e-3) -> Linearization:
+        """Loss, gradient and Gauss-Newton Hessian by central differences of the rendered images.
+
+        Works with every backend; takes ``2 p + 1`` images per view. `h` is the step [rad]/[m].
+        """
+        p = at.tree.dof + (6 * at.T_cam_world.shape[1] if at.camera_free else 0)
+        steps = torch.eye(p, dtype=at.q.dtype, device=at.q.device) * h
+        batch = at.q.shape[0]
+        stepped = self.residuals(_unclamped_steps(at, torch.cat([steps, -steps, torch.zeros_like(steps[:1])])))
+        stepped = stepped.unflatten(0, (batch, 2 * p + 1))
+        residual, jacobian = stepped[:, -1], (stepped[:, :p] - stepped[:, p : 2 * p]) / (2.0 * h)
+        gradient = (jacobian @ residual[..., None])[..., 0]
+        return Linearization((residual**2).sum(dim=1), gradient, jacobian @ jacobian.mT)
+
+
+def _unclamped_steps(at: Configurations, steps: Float[Tensor, "s p"]) -> Configurations:
+    """Every configuration of the batch after every step, batch-major ``(batch * s)``."""
+    count, dof = len(steps), at.tree.dof
+    q = (at.q[:, None] + steps[:, :dof]).flatten(0, 1)
+    T = at.T_cam_world[:, None].expand(-1, count, -1, -1, -1)
+    if at.camera_free:
+        T = exp_twist(steps[:, dof:].unflatten(-1, (-1, 6))) @ T
+    return replace(at, q=q, T_cam_world=T.flatten(0, 1))

@@ -1,0 +1,123 @@
+"""What was seen: images, masks and cameras of one configuration, checked once, at any resolution."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kinesplat.camera import Camera
+from kinesplat.errors import InputError
+
+ImageLike = Any
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Several views of one configuration.
+
+    Attributes:
+        rgb: ``(views, height, width, 3)`` in [0, 1], sRGB values as displayed.
+        mask: ``(views, height, width)`` in [0, 1], 1 on the robot; None when unknown.
+        camera: batch ``(views,)``.
+        background: ``(3,)`` colour behind the robot; where a mask is given, `rgb` is composited onto it.
+    """
+
+    rgb: Float[Tensor, "views height width 3"]
+    mask: Float[Tensor, "views height width"] | None
+    camera: Camera
+    background: Float[Tensor, "3"]
+
+    @classmethod
+    def create(cls, images: ImageLike, masks: ImageLike | None, camera: Camera) -> Self:
+        """Check and convert what a user passes.
+
+        Args:
+            images: ``(height, width, 3)`` or ``(views, height, width, 3)``; float in [0, 1] or uint8, torch or numpy.
+            masks: the same without the last axis; bool, float in [0, 1] or uint8; or None.
+            camera: one camera, or a batch with one per view.
+
+        Raises:
+            InputError: wrong type, shape, range, NaN, or an image size that is not the camera's.
+        """
+        rgb = _as_float(images, "images")
+        rgb = rgb[None] if rgb.dim() == 3 else rgb
+        if rgb.dim() != 4 or rgb.shape[-1] != 3:
+            raise InputError(
+                f"images have shape {tuple(rgb.shape)}; expected (height, width, 3) or (views, height, width, 3)"
+            )
+        camera = _one_per_view(camera, rgb.shape[0])
+        if tuple(rgb.shape[1:3]) != (camera.height, camera.width):
+            raise InputError(
+                f"images are {rgb.shape[2]} x {rgb.shape[1]} px; the camera says {camera.width} x {camera.height}"
+            )
+        if masks is None:
+            return cls(rgb, None, camera, uniform_background(rgb))
+        mask = _as_float(masks, "masks")
+        mask = mask[None] if mask.dim() == 2 else mask
+        if mask.shape != rgb.shape[:-1]:
+            raise InputError(f"masks have shape {tuple(mask.shape)}; the images need {tuple(rgb.shape[:-1])}")
+        if not bool((mask > 0.5).flatten(1).any(dim=1).all()):
+            raise InputError("a mask is empty: no pixel of the robot in that view")
+        background = torch.ones(3)
+        return cls(rgb * mask[..., None] + background * (1.0 - mask[..., None]), mask, camera, background)
+
+    def resized(self, long_side: int) -> Self:
+        """Area-averaged to at most `long_side` pixels along the longer image side (blurred, not decimated)."""
+        height, width = self.rgb.shape[1:3]
+        if long_side >= max(height, width):
+            return self
+        scale = long_side / max(height, width)
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        shrink = torch.nn.functional.adaptive_avg_pool2d
+        rgb = shrink(self.rgb.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).contiguous()
+        mask = None if self.mask is None else shrink(self.mask[:, None], size)[:, 0]
+        return type(self)(rgb, mask, self.camera.resized(size[1], size[0]), self.background)
+
+
+def uniform_background(rgb: Float[Tensor, "views height width 3"]) -> Float[Tensor, "3"]:
+    """Colour of the image border, for images without masks.
+
+    Raises:
+        InputError: the border is not of one colour, so the background is no plain one and masks are needed.
+    """
+    border = torch.cat([rgb[:, [0, -1]].reshape(-1, 3), rgb[:, :, [0, -1]].reshape(-1, 3)])
+    colour = border.median(dim=0).values
+    outliers = ((border - colour).abs().amax(dim=-1) > 0.1).float().mean().item()
+    if outliers > 0.35:
+        raise InputError(
+            f"{outliers:.0%} of the image border differs from its median colour: no plain background, give masks"
+        )
+    return colour
+
+
+def _one_per_view(camera: Camera, views: int) -> Camera:
+    shape = camera.batch_shape
+    if shape not in ((), (1,), (views,)):
+        raise InputError(f"{views} views but a camera batch of shape {shape}; expected one camera or {views}")
+    return Camera(
+        camera.K.expand(views, 3, 3).float(),
+        camera.T_cam_world.expand(views, 4, 4).float(),
+        camera.width,
+        camera.height,
+    )
+
+
+def _as_float(values: ImageLike, name: str) -> Tensor:
+    if isinstance(values, (list, tuple)) and values:
+        return torch.stack([_as_float(v, name) for v in values])
+    if isinstance(values, np.ndarray):
+        values = torch.from_numpy(np.ascontiguousarray(values))
+    if not isinstance(values, Tensor):
+        raise InputError(f"{name} are of type {type(values).__name__}; expected a torch tensor or numpy array")
+    if values.dtype in (torch.uint8, torch.bool):
+        return values.float() / (255.0 if values.dtype == torch.uint8 else 1.0)
+    if not values.is_floating_point():
+        raise InputError(f"{name} have dtype {values.dtype}; expected float in [0, 1] or uint8")
+    if not bool(torch.isfinite(values).all()):
+        raise InputError(f"{name} contain NaN or infinity")
+    if values.numel() and (values.min().item() < -1e-3 or values.max().item() > 1.0 + 1e-3):
+        raise InputError(f"{name} range over [{values.min():.3g}, {values.max():.3g}]; expected [0, 1]")
+    return values.float()

@@ -1,0 +1,113 @@
+"""What a fit returns: the answer, how sure it is, and what else it could have been."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kinesplat.camera import Camera
+
+WEAK_STD_RAD = 0.05
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One distinct minimum: ``q (dof,)`` [rad]/[m], its camera, and its loss (mean squared residual)."""
+
+    q: Float[Tensor, " dof"]
+    camera: Camera
+    loss: float
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Result of an inverse problem.
+
+    Attributes:
+        q: ``(dof,)`` the best configuration [rad]/[m].
+        camera: the camera(s) of the views, the given one unless it was optimised.
+        loss_history: loss of the best start after each iteration, over all image sizes in turn (mean squared residual;
+            values of different image sizes are not comparable).
+        level_starts: index into `loss_history` at which each image size begins.
+        q_history: ``(iterations, dof)`` the configurations behind `loss_history`.
+        covariance: ``(p, p)`` of `variable_names`, from the Gauss-Newton Hessian at the answer and the variance of its
+            residuals, which it takes for independent; a variable that the image does not show has an infinite variance.
+        variable_names: names of the ``p`` variables: joints, then ``camera0.vx`` ... for free cameras [m], [rad].
+        hypotheses: distinct minima, best first; the first is the answer.
+        verdict: ``converged``, ``ambiguous`` (another hypothesis fits nearly as well) or ``failed`` (residual too
+            large).
+        seconds: wall time.
+    """
+
+    q: Float[Tensor, " dof"]
+    camera: Camera
+    loss_history: tuple[float, ...]
+    level_starts: tuple[int, ...]
+    q_history: Float[Tensor, "iterations dof"]
+    covariance: Float[Tensor, "p p"]
+    variable_names: tuple[str, ...]
+    hypotheses: tuple[Hypothesis, ...]
+    verdict: str
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Mean squared residual of the answer at the finest image size."""
+        return self.hypotheses[0].loss
+
+    @property
+    def weak_variables(self) -> tuple[str, ...]:
+        """Variables whose standard deviation exceeds 0.05 rad or m: this view does not determine them."""
+        std = self.covariance.diagonal().sqrt()
+        return tuple(n for n, s in zip(self.variable_names, std.tolist(), strict=True) if not s < WEAK_STD_RAD)
+
+    def report(self) -> str:
+        """A few lines for a person: verdict, joint values with standard deviations, weak variables, hypotheses."""
+        std = self.covariance.diagonal().sqrt().tolist()
+        lines = [
+            f"{self.verdict}: loss {self.loss:.3g} after {len(self.loss_history)} iterations, {self.seconds:.1f} s"
+        ]
+        for name, value, deviation in zip(self.variable_names, self.q.tolist(), std, strict=False):
+            lines.append(f"  {name:<24} {value:+.4f} +- {deviation:.4f}")
+        for name in self.weak_variables:
+            lines.append(f"  {name} is hardly observable from this view")
+        for rank, other in enumerate(self.hypotheses[1:4], start=2):
+            away = (other.q - self.q).abs().max().item()
+            lines.append(f"  hypothesis {rank}: loss {other.loss:.3g}, largest joint difference {away:.3f}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionary; units in the key names. Infinite variances become null."""
+        covariance = [[v if math.isfinite(v) else None for v in row] for row in self.covariance.tolist()]
+        return {
+            "verdict": self.verdict,
+            "q": self.q.tolist(),
+            "camera": self.camera.to_json(),
+            "loss": self.loss,
+            "variable_names": list(self.variable_names),
+            "covariance": covariance,
+            "weak_variables": list(self.weak_variables),
+            "hypotheses": [{"q": h.q.tolist(), "camera": h.camera.to_json(), "loss": h.loss} for h in self.hypotheses],
+            "iterations": len(self.loss_history),
+            "seconds": self.seconds,
+        }
+
+
+def covariance_of(hessian: Float[Tensor, "p p"], loss: float, residuals: int) -> Float[Tensor, "p p"]:
+    """Covariance ``s^2 H^-1`` with ``s^2 = loss / residuals``; directions that H does not see become infinite.
+
+    Args:
+        hessian: transposed Jacobian times Jacobian at the solution.
+        loss: sum of squared residuals there.
+        residuals: their number.
+    """
+    values, vectors = torch.linalg.eigh(hessian.double())
+    seen = values > 1e-10 * values.max().clamp(min=1e-30)
+    inverse = torch.where(seen, 1.0 / values.clamp(min=1e-300), 0.0)
+    covariance = (vectors * inverse) @ vectors.mT * (loss / max(residuals - len(values), 1))
+    blind = (vectors[:, ~seen] ** 2).sum(dim=1) > 1e-6
+    covariance[blind, blind] = math.inf
+    return covariance.to(hessian.dtype)

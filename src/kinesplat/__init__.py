@@ -1,8 +1,62 @@
-"""Kinesplat: a robot's picture, differentiable with respect to its joints and the camera."""
+"""Kinesplat: a robot's picture, differentiable with respect to its joints and the camera.
 
-from kinesplat import errors
-from kinesplat.camera import Camera
-from kinesplat.gaussians import Gaussians, Parameters
+The names below are imported when first used, so that rendering a saved model needs neither MuJoCo nor meshes.
+"""
 
-__all__ = ["Camera", "Gaussians", "Parameters", "errors"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kinesplat import errors, zoo
+    from kinesplat.camera import Camera
+    from kinesplat.description import Robot, load_description
+    from kinesplat.gaussians import Gaussians, Parameters
+    from kinesplat.inverse import FitResult, reconstruct
+    from kinesplat.kinematics import KinematicTree
+    from kinesplat.rasterizer import Render, rasterize, rasterize_links
+    from kinesplat.self_model import SelfModel
+
 __version__ = "0.1.0"
+__all__ = [
+    "Camera",
+    "FitResult",
+    "Gaussians",
+    "KinematicTree",
+    "Parameters",
+    "Render",
+    "Robot",
+    "SelfModel",
+    "errors",
+    "load_description",
+    "rasterize",
+    "rasterize_links",
+    "reconstruct",
+    "zoo",
+]
+
+_HOME = {
+    "Camera": "camera",
+    "FitResult": "inverse",
+    "Gaussians": "gaussians",
+    "KinematicTree": "kinematics",
+    "Parameters": "gaussians",
+    "Render": "rasterizer",
+    "Robot": "description",
+    "SelfModel": "self_model",
+    "load_description": "description",
+    "rasterize": "rasterizer",
+    "rasterize_links": "rasterizer",
+    "reconstruct": "inverse",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"kinesplat.{_HOME[name]}"), name)
+    if name in __all__:
+        return import_module(f"kinesplat.{name}")
+    raise AttributeError(f"module 'kinesplat' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Num
 from torch import Tensor
 
 from kinesplat.couplings import Couplings
@@ -72,7 +72,7 @@ class KinematicTree:
         return len(self.joint_names)
 
     def forward_kinematics(
-        self, q: Float[Tensor, "*#batch dof"], T_world_base: Float[Tensor, "*#batch 4 4"] | None = None
+        self, q: Num[Tensor, "*#batch dof"], T_world_base: Float[Tensor, "*#batch 4 4"] | None = None
     ) -> Float[Tensor, "*b links 4 4"]:
         """Pose of every link in the world, ``Ts_world_link (*batch, links, 4, 4)`` [m], in q's dtype.
 
@@ -85,14 +85,14 @@ class KinematicTree:
         Raises:
             InputError: q has another number of joints, is not floating point, or is not finite.
         """
-        c = self._constants(q)
         q, T_world_base = self._checked(q, T_world_base)
+        c = self._constants(q)
         theta = c.couplings.coordinates_of(q).reshape(q.shape[:-1].numel(), self.couplings.coordinates)
         Ts = self._nodes(theta, T_world_base, c).index_select(0, c.link_node).transpose(0, 1)
         return Ts.reshape(*q.shape[:-1], *Ts.shape[1:])
 
     def link_jacobian(
-        self, q: Float[Tensor, "*#batch dof"], T_world_base: Float[Tensor, "*#batch 4 4"] | None = None
+        self, q: Num[Tensor, "*#batch dof"], T_world_base: Float[Tensor, "*#batch 4 4"] | None = None
     ) -> Float[Tensor, "*b links 6 dof"]:
         """Spatial twist ``[v; w]`` of every link in the world for a unit of each joint's velocity, in closed form.
 
@@ -101,8 +101,8 @@ class KinematicTree:
         Returns:
             ``(*batch, links, 6, dof)``: v [m/rad or 1] of the point at the world's origin, w [1 or 1/m].
         """
-        c = self._constants(q)
         q, T_world_base = self._checked(q, T_world_base)
+        c = self._constants(q)
         theta = c.couplings.coordinates_of(q).reshape(q.shape[:-1].numel(), self.couplings.coordinates)
         twists = _twists(self._nodes(theta, T_world_base, c), theta, c)
         J = twists.permute(1, 2, 0)[:, None] * c.moves[:, None]
@@ -122,9 +122,10 @@ class KinematicTree:
             clamped = torch.cat([rest[0], clamped[..., first : first + 3] * scale, rest[1]], dim=-1)
         return clamped
 
-    def coordinates(self, q: Float[Tensor, "*batch dof"]) -> Float[Tensor, "*batch coordinates"]:
+    def coordinates(self, q: Num[Tensor, "*batch dof"]) -> Float[Tensor, "*batch coordinates"]:
         """Value of every joint coordinate, coupled ones included, in node order [rad or m]."""
-        return self._constants(q).couplings.coordinates_of(self._checked(q, None)[0])
+        q, _ = self._checked(q, None)
+        return self._constants(q).couplings.coordinates_of(q)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything as named tensors (text as UTF-8 bytes), for a model file."""

@@ -85,8 +85,8 @@ def _warnings(model: mujoco.MjModel, geoms: list[int]) -> list[str]:
         names = ", ".join(body_name(model, b) for b in bare)
         found.append(f"{len(bare)} link(s) without visible geometry: {names}")
     materials = model.geom_matid[geoms]
-    textures = model.mat_texid[materials[materials >= 0], mujoco.mjtTextureRole.mjTEXROLE_RGB]
-    cubes = int((model.tex_type[textures[textures >= 0]] != mujoco.mjtTexture.mjTEXTURE_2D).sum())
+    textures = model.mat_texid[materials[materials >= 0], int(mujoco.mjtTextureRole.mjTEXROLE_RGB)]
+    cubes = int((model.tex_type[textures[textures >= 0]] != int(mujoco.mjtTexture.mjTEXTURE_2D)).sum())
     if cubes:
         found.append(f"{cubes} geom(s) with a cube texture are drawn in their material's plain colour")
     if model.nskin or model.nflex:

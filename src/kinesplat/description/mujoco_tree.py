@@ -15,6 +15,7 @@ from kinesplat.errors import DescriptionError
 from kinesplat.kinematics import BALL, FIXED, HINGE, SLIDE, KinematicTree
 
 _JOINT = mujoco.mjtJoint
+_FREE = int(_JOINT.mjJNT_FREE)
 _TYPE_NAMES = {HINGE: "hinge", SLIDE: "slide", BALL: "ball"}
 _KINDS = {int(_JOINT.mjJNT_HINGE): HINGE, int(_JOINT.mjJNT_SLIDE): SLIDE, int(_JOINT.mjJNT_BALL): BALL}
 _SPAN = {HINGE: np.pi, SLIDE: 1.0, BALL: np.pi}
@@ -145,10 +146,10 @@ def _matrix(array: np.ndarray) -> Tensor:
 
 def _base_joint(model: mujoco.MjModel) -> int:
     """The free joint with most joints below it; -1 when there is none, or it is a loose object beside the robot."""
-    free = np.flatnonzero(model.jnt_type == _JOINT.mjJNT_FREE)
+    free = np.flatnonzero(model.jnt_type == _FREE)
     roots = model.body_rootid[model.jnt_bodyid]
     below = [int((roots == roots[j]).sum()) for j in free]
-    if not below or (max(below) == 1 and (model.jnt_type != _JOINT.mjJNT_FREE).any()):
+    if not below or (max(below) == 1 and (model.jnt_type != _FREE).any()):
         return -1
     return int(free[int(np.argmax(below))])
 
@@ -161,7 +162,7 @@ def _add_body(
     place = transform(model.body_pos[body], model.body_quat[body])
     if count == 1 and first == base_joint:
         return nodes.add(parent, np.eye(4))
-    if count == 1 and model.jnt_type[first] == _JOINT.mjJNT_FREE:
+    if count == 1 and model.jnt_type[first] == _FREE:
         return _add_free(model, first, parent, nodes, coordinates)
     if count == 0:
         return nodes.add(parent, place)
@@ -227,7 +228,7 @@ def _couplings(model: mujoco.MjModel, coordinates: list[_Coordinate]) -> Couplin
     of_joint = {c.joint: i for i, c in enumerate(coordinates) if c.kind != BALL}
     rows: dict[int, tuple[int, np.ndarray]] = {}
     active = model.eq_active0.astype(bool)
-    for equality in np.flatnonzero((model.eq_type == mujoco.mjtEq.mjEQ_JOINT) & active):
+    for equality in np.flatnonzero((model.eq_type == int(mujoco.mjtEq.mjEQ_JOINT)) & active):
         follower, driver = of_joint[int(model.eq_obj1id[equality])], int(model.eq_obj2id[equality])
         polynomial = Polynomial(model.eq_data[equality, :5])
         follower_reference = float(model.qpos0[coordinates[follower].qpos])

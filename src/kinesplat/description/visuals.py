@@ -12,11 +12,13 @@ VISUAL_GROUP = 2
 """Menagerie's convention, and the group that holds a loaded robot's visible geoms."""
 
 HIDDEN_GROUP = 3
-_GEOM = mujoco.mjtGeom
-_DRAWN = (_GEOM.mjGEOM_SPHERE, _GEOM.mjGEOM_CAPSULE, _GEOM.mjGEOM_ELLIPSOID, _GEOM.mjGEOM_CYLINDER)
-DRAWN_TYPES = frozenset(int(t) for t in (*_DRAWN, _GEOM.mjGEOM_BOX, _GEOM.mjGEOM_MESH, _GEOM.mjGEOM_SDF))
-_MESH_TYPES = (_GEOM.mjGEOM_MESH, _GEOM.mjGEOM_SDF)
-_RGB = mujoco.mjtTextureRole.mjTEXROLE_RGB
+SPHERE, CAPSULE, ELLIPSOID, CYLINDER, BOX, MESH, SDF = (
+    int(getattr(mujoco.mjtGeom, f"mjGEOM_{name}"))
+    for name in ("SPHERE", "CAPSULE", "ELLIPSOID", "CYLINDER", "BOX", "MESH", "SDF")
+)
+DRAWN_TYPES = frozenset((SPHERE, CAPSULE, ELLIPSOID, CYLINDER, BOX, MESH, SDF))
+_RGB = int(mujoco.mjtTextureRole.mjTEXROLE_RGB)
+_TEXTURE_2D = int(mujoco.mjtTexture.mjTEXTURE_2D)
 
 
 def visual_geoms(model: mujoco.MjModel) -> list[int]:
@@ -47,9 +49,9 @@ def geom_rgba(model: mujoco.MjModel, geom: int) -> Float[np.ndarray, "4"]:
 
 def link_mesh(model: mujoco.MjModel, geom: int) -> LinkMesh:
     """Surface of one geom in its link's frame; link i is body i + 1."""
-    kind, size = model.geom_type[geom], model.geom_size[geom].astype(np.float64)
+    kind, size = int(model.geom_type[geom]), model.geom_size[geom].astype(np.float64)
     texture, uv = _texture(model, geom), None
-    patch = _mesh_patch(model, geom) if kind in _MESH_TYPES else _primitive(kind, size)
+    patch = _mesh_patch(model, geom) if kind in (MESH, SDF) else _primitive(kind, size)
     if texture is not None:
         uv = _repeated(model, geom, patch.uv)
     R = np.empty(9)
@@ -68,13 +70,13 @@ def link_mesh(model: mujoco.MjModel, geom: int) -> LinkMesh:
 
 
 def _primitive(kind: int, size: Float[np.ndarray, "3"]) -> Patch:
-    if kind == _GEOM.mjGEOM_SPHERE:
+    if kind == SPHERE:
         return primitives.sphere(float(size[0]))
-    if kind == _GEOM.mjGEOM_CAPSULE:
+    if kind == CAPSULE:
         return primitives.capsule(float(size[0]), float(size[1]))
-    if kind == _GEOM.mjGEOM_CYLINDER:
+    if kind == CYLINDER:
         return primitives.cylinder(float(size[0]), float(size[1]))
-    if kind == _GEOM.mjGEOM_ELLIPSOID:
+    if kind == ELLIPSOID:
         return primitives.ellipsoid(size)
     return primitives.box(size)
 
@@ -82,7 +84,7 @@ def _primitive(kind: int, size: Float[np.ndarray, "3"]) -> Patch:
 def _mesh_patch(model: mujoco.MjModel, geom: int) -> Patch:
     mesh = int(model.geom_dataid[geom])
 
-    def rows(name: str, address: int, count: int) -> np.ndarray:
+    def rows(name: str, address: np.integer, count: np.integer) -> np.ndarray:
         return getattr(model, name)[address : address + count]
 
     face_start, face_count = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
@@ -113,12 +115,12 @@ def _mesh_uv(
 
 
 def _repeated(model: mujoco.MjModel, geom: int, uv: Float[np.ndarray, "f 3 2"]) -> Float[np.ndarray, "f 3 2"]:
-    material, kind = model.geom_matid[geom], model.geom_type[geom]
+    material, kind = int(model.geom_matid[geom]), int(model.geom_type[geom])
     repeat = model.mat_texrepeat[material].astype(np.float64)
-    mesh = int(model.geom_dataid[geom]) if kind in _MESH_TYPES else -1
+    mesh = int(model.geom_dataid[geom]) if kind in (MESH, SDF) else -1
     projected = mesh >= 0 and model.mesh_texcoordadr[mesh] < 0
     if model.mat_texuniform[material] and (mesh < 0 or projected):
-        round_kinds = (_GEOM.mjGEOM_SPHERE, _GEOM.mjGEOM_CAPSULE, _GEOM.mjGEOM_CYLINDER)
+        round_kinds = (SPHERE, CAPSULE, CYLINDER)
         repeat = repeat * model.geom_size[geom, [0, 0] if kind in round_kinds else [0, 1]]
     return uv * repeat - (0.5 if projected else 0.0)
 
@@ -127,7 +129,7 @@ def _texture(model: mujoco.MjModel, geom: int) -> UInt8[np.ndarray, "h w 3"] | N
     """The material's 2d colour texture."""
     material = model.geom_matid[geom]
     texture = model.mat_texid[material, _RGB] if material >= 0 else -1
-    if texture < 0 or model.tex_type[texture] != mujoco.mjtTexture.mjTEXTURE_2D:
+    if texture < 0 or int(model.tex_type[texture]) != _TEXTURE_2D:
         return None
     height, width, channels = model.tex_height[texture], model.tex_width[texture], model.tex_nchannel[texture]
     start = model.tex_adr[texture]

@@ -1,8 +1,10 @@
 """Fixtures shared by the tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
@@ -20,3 +22,11 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs the shared test inputs at {SHARED} (set KINESPLAT_SHARED)")
     return SHARED
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """Shape checks off, so that a test of bad input meets the library's own errors as a user would."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -56,7 +56,7 @@ class Camera:
         width: int = 256,
         height: int = 256,
         up: Vector3 = (0.0, 0.0, 1.0),
-    ) -> Self:
+    ) -> "Camera":
         """Camera at `eye` looking at `target`, square pixels, principal point in the centre.
 
         Args:
@@ -99,12 +99,12 @@ class Camera:
         p_image = p_cam @ self.K.mT
         return p_image[..., :2] / p_image[..., 2:], p_cam[..., 2]
 
-    def resized(self, width: int, height: int) -> Self:
+    def resized(self, width: int, height: int) -> "Camera":
         """The same view at another resolution: K scaled so that the field of view is kept."""
         scale = torch.tensor([width / self.width, height / self.height, 1.0], dtype=self.K.dtype, device=self.K.device)
         return replace(self, K=self.K * scale[:, None], width=width, height=height)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Camera":
         """The same camera with its tensors on another device or in another dtype."""
         return replace(self, K=self.K.to(device, dtype), T_cam_world=self.T_cam_world.to(device, dtype))
 
@@ -114,7 +114,7 @@ class Camera:
         return {**tensors, "width": self.width, "height": self.height}
 
     @classmethod
-    def from_json(cls, path: str | Path) -> Self:
+    def from_json(cls, path: str | Path) -> "Camera":
         """Read a camera file: JSON with ``K`` [px], ``T_cam_world`` [m], ``width``, ``height`` [px].
 
         Raises:

@@ -1,7 +1,6 @@
 """Gaussians: what a rasteriser eats (activated values); Parameters: what an optimiser moves."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -36,7 +35,7 @@ class Gaussians:
     def __len__(self) -> int:
         return self.means.shape[-2]
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Gaussians":
         """The same Gaussians on another device or in another dtype."""
         return replace(self, **{f.name: getattr(self, f.name).to(device, dtype) for f in fields(self)})
 
@@ -72,10 +71,10 @@ class Parameters:
             sh=self.sh,
         )
 
-    def select(self, index: Tensor) -> Self:
+    def select(self, index: Tensor) -> "Parameters":
         """The rows that a boolean mask ``(n,)`` or an index tensor picks."""
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Parameters":
         """The same parameters on another device or in another dtype."""
         return replace(self, **{f.name: getattr(self, f.name).to(device, dtype) for f in fields(self)})

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,7 +27,7 @@ class Linearization:
 class State(Protocol):
     """A batch of points that the solver can step, pick from and merge."""
 
-    def retract(self, step: Float[Tensor, "batch p"]) -> Self:
+    def retract(self: "S", step: Float[Tensor, "batch p"]) -> "S":
         """The points after `step`, kept within their bounds."""
         ...
 
@@ -35,7 +35,7 @@ class State(Protocol):
         """Entries that lie on a bound which a descent step would cross."""
         ...
 
-    def where(self, accepted: Bool[Tensor, " batch"], other: Self) -> Self:
+    def where(self: "S", accepted: Bool[Tensor, " batch"], other: "S") -> "S":
         """`other` where `accepted`, self elsewhere."""
         ...
 

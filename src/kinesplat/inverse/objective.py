@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,7 +32,7 @@ class Configurations:
     T_cam_world: Float[Tensor, "batch views 4 4"]
     camera_free: bool
 
-    def retract(self, step: Float[Tensor, "batch p"]) -> Self:
+    def retract(self, step: Float[Tensor, "batch p"]) -> "Configurations":
         """The configurations after `step`, joints clamped to their limits."""
         dof = self.tree.dof
         q = self.tree.clamp(self.q + step[:, :dof])
@@ -50,7 +49,7 @@ class Configurations:
         held = limited & (((self.q <= lower) & (slope > 0)) | ((self.q >= upper) & (slope < 0)))
         return torch.nn.functional.pad(held, (0, gradient.shape[1] - dof))
 
-    def where(self, accepted: Bool[Tensor, " batch"], other: Self) -> Self:
+    def where(self, accepted: Bool[Tensor, " batch"], other: "Configurations") -> "Configurations":
         """`other` where accepted, self elsewhere."""
         return replace(
             self,
@@ -58,7 +57,7 @@ class Configurations:
             T_cam_world=torch.where(accepted[:, None, None, None], other.T_cam_world, self.T_cam_world),
         )
 
-    def select(self, index: Tensor) -> Self:
+    def select(self, index: Tensor) -> "Configurations":
         """Some of the batch, by index or mask."""
         return replace(self, q=self.q[index], T_cam_world=self.T_cam_world[index])
 

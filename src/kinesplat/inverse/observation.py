@@ -1,7 +1,7 @@
 """What was seen: images, masks and cameras of one configuration, checked once, at any resolution."""
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ class Observation:
     background: Float[Tensor, "3"]
 
     @classmethod
-    def create(cls, images: ImageLike, masks: ImageLike | None, camera: Camera) -> Self:
+    def create(cls, images: ImageLike, masks: ImageLike | None, camera: Camera) -> "Observation":
         """Check and convert what a user passes.
 
         Args:
@@ -64,7 +64,7 @@ class Observation:
         background = torch.ones(3)
         return cls(rgb * mask[..., None] + background * (1.0 - mask[..., None]), mask, camera, background)
 
-    def resized(self, long_side: int) -> Self:
+    def resized(self, long_side: int) -> "Observation":
         """Area-averaged to at most `long_side` pixels along the longer image side (blurred, not decimated)."""
         height, width = self.rgb.shape[1:3]
         if long_side >= max(height, width):

@@ -1,0 +1,47 @@
+// The rasteriser without Python: forward and backward of a batch of images.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace kinesplat {
+
+struct Options {
+    const Kernels *kernels = nullptr;
+    int threads = 1;
+};
+
+// What the forward pass leaves for the backward pass. Frames return to a shared store and keep their memory.
+struct Frame {
+    std::vector<ImageFrame> images;
+    size_t bytes() const;
+};
+
+struct FrameReturner {
+    void operator()(Frame *frame) const;
+};
+using FramePtr = std::unique_ptr<Frame, FrameReturner>;
+FramePtr take_frame(int images);
+
+// Levels that this machine can run, best first ("avx512", "avx2", "baseline").
+std::vector<const Kernels *> available_kernels();
+// By name; the empty name gives the best. Null for an unknown or unavailable name.
+const Kernels *find_kernels(const std::string &name);
+
+// Name of the first input with NaN, infinity, a zero quaternion or a focal length <= 0; empty if all is well.
+std::string find_bad_input(const Scene &, const Options &);
+
+void forward(const Scene &, const Options &, Frame &, const Images &);
+// Gradients are added per splat where `Gradients` has a buffer (which the caller zeroed) and written per image.
+void backward(const Scene &, const Options &, Frame &, const ImageGradients &, const Gradients &);
+
+// Per-thread scratch of the calling thread's pool slot.
+Scratch &scratch_of(int thread);
+size_t chunk_count(const Scene &);
+
+// Projects, sorts and bins: everything of the forward pass before the pixels.
+void prepare(const Scene &, const Options &, Frame &);
+
+}  // namespace kinesplat

@@ -1,0 +1,160 @@
+// What the kernels eat, give, and keep between forward and backward. Plain structs, no Python.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "constants.h"
+
+namespace kinesplat {
+
+// Memory that only grows, aligned to a cache line and not initialised.
+template <typename T>
+class Buffer {
+public:
+    T *ensure(size_t count) {
+        if (count > capacity_) {
+            size_t wanted = count + count / 4 + 64;
+            size_t bytes = (wanted * sizeof(T) + 63) / 64 * 64;
+            void *memory = std::aligned_alloc(64, bytes);
+            if (!memory) throw std::bad_alloc();
+            data_.reset(static_cast<T *>(memory));
+            capacity_ = wanted;
+        }
+        return data_.get();
+    }
+    // Like ensure, but keeps the first `kept` elements.
+    T *grow(size_t count, size_t kept) {
+        if (count <= capacity_) return data_.get();
+        Buffer larger;
+        larger.ensure(count * 2);
+        for (size_t i = 0; i < kept; ++i) larger.data_.get()[i] = data_.get()[i];
+        *this = std::move(larger);
+        return data_.get();
+    }
+    T *data() const { return data_.get(); }
+    T &operator[](size_t i) const { return data_.get()[i]; }
+    size_t bytes() const { return capacity_ * sizeof(T); }
+
+private:
+    struct Free {
+        void operator()(T *p) const { std::free(p); }
+    };
+    std::unique_ptr<T[], Free> data_;
+    size_t capacity_ = 0;
+};
+
+struct Scene {
+    int images = 0, sets = 0, n = 0, links = 0;
+    int links_per_splat = 1, coefficients = 1;
+    const float *means = nullptr, *quats = nullptr, *scales = nullptr, *opacities = nullptr, *sh = nullptr;
+    const int32_t *link_index = nullptr;   // (n, links_per_splat)
+    const float *link_weights = nullptr;   // (n, links_per_splat) or null
+    const double *Ts_cam_link = nullptr;   // (images, links, 4, 4)
+    const double *K = nullptr;             // (images, 4): fx fy cx cy
+    const int32_t *set_of_image = nullptr; // (images)
+    const float *background = nullptr;     // (images, 3)
+    int width = 0, height = 0;
+    double eps2d = 0;
+
+    int tiles_x() const { return (width + kTile - 1) / kTile; }
+    int tiles_y() const { return (height + kTile - 1) / kTile; }
+    int tiles() const { return tiles_x() * tiles_y(); }
+    int64_t pixels() const { return static_cast<int64_t>(width) * height; }
+};
+
+struct Images {  // channels last, any of them null
+    float *rgb = nullptr, *alpha = nullptr, *depth = nullptr;
+    int32_t *link_id = nullptr;
+    float *contribution = nullptr;  // (images, n)
+};
+
+struct ImageGradients {  // incoming, any of them null; depth is the forward's output
+    const float *rgb = nullptr, *alpha = nullptr, *v_depth = nullptr, *depth = nullptr;
+};
+
+struct Gradients {  // outgoing, any of them null
+    float *means = nullptr, *quats = nullptr, *scales = nullptr, *opacities = nullptr, *sh = nullptr;
+    double *Ts_cam_link = nullptr;  // (images, links, 4, 4), last row zero
+    double *K = nullptr;            // (images, 4)
+    float *link_weights = nullptr;  // (n, links_per_splat)
+    bool per_splat() const { return means || quats || scales || opacities || sh || link_weights; }
+};
+
+// A visible splat as the blending loops read it. In whitened coordinates u = p dx + q dy, v = r dy the falloff is
+// 2^-(u^2 + v^2); log2_opacity is folded into the exponent.
+struct alignas(64) Record {
+    float p, q, r, log2_opacity;
+    float color[3], z;
+    uint32_t splat;
+    float unused[7];
+};
+
+// The same splat as binning reads it: p, q and the centre in double so that far-away needles keep their edges.
+struct Cull {
+    double mean_x, mean_y, p, q;
+    float r, reach, half_x, half_y;  // reach: u^2 + v^2 at alpha = 1/255; half_*: of its bounding box [px]
+};
+
+struct Entry {  // splat of a tile; u, v at the tile's corner; bit b of mask: reaches block b
+    uint32_t record, slot;
+    float u, v;
+    uint32_t mask;
+};
+
+struct Candidate {
+    uint32_t record, tile;
+    float u, v;
+    uint32_t mask;
+};
+
+// Gradient sums of one splat in one tile: g = alpha dL/dalpha over 1, u, v, u^2, uv, v^2; then colour and z.
+enum Moment { kG, kGu, kGv, kGuu, kGuv, kGvv, kRed, kGreen, kBlue, kZ, kMoments };
+struct alignas(64) Slot {
+    float sum[16];
+};
+
+struct Bin {  // candidates of a run of depth-sorted splats, and how many fall into each tile
+    Buffer<Candidate> candidates;
+    Buffer<uint32_t> tile_counts;
+    uint32_t count = 0, slot_base = 0;
+};
+
+struct ImageFrame {
+    Buffer<Record> records;
+    Buffer<Cull> culls;
+    Buffer<uint32_t> chunk_visible;
+    Buffer<uint64_t> keys, spare_keys;
+    Buffer<uint32_t> slot_begin, slot_count;  // per record
+    std::vector<Bin> bins;
+    Buffer<uint32_t> tile_begin;
+    Buffer<Entry> entries;
+    Buffer<float> coverage;        // sum of weights, (tiles, blocks, 16); only with depth
+    Buffer<uint32_t> block_counts; // list entries processed, (tiles, blocks)
+    Buffer<Slot> slots;
+    uint32_t visible = 0, slot_total = 0;
+};
+
+// One splat as a tile's loops read it, staged into L1.
+struct alignas(64) Local {
+    float p, q, r, log2_opacity, u, v;
+    uint32_t mask, record;
+    float color[3], z;
+    uint32_t slot;
+    float unused[3];
+};
+
+struct Scratch {  // per thread
+    Buffer<Local> locals;
+    Buffer<uint32_t> masks;
+    Buffer<int32_t> list;
+    Buffer<float> alpha, weight;
+    Buffer<Slot> sums;
+    Buffer<double> rows;
+};
+
+constexpr int kSplatChunk = 512;
+
+}  // namespace kinesplat

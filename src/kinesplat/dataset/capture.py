@@ -17,6 +17,7 @@ from kinesplat.rasterizer import Render
 
 HEADLIGHT_AMBIENT = 0.5
 HEADLIGHT_DIFFUSE = 0.5
+WHITE = (1.0, 1.0, 1.0, 1.0)
 _WORLD_AXES_OF_CV = np.array([1.0, -1.0, -1.0])  # an OpenCV camera seen from MuJoCo's: +Y up, looking along -Z
 
 
@@ -51,7 +52,7 @@ class Capture:
             self._model = self._mjw.put_model(self._mj_model)
             self._data = self._mjw.make_data(self._mj_model, nworld=1)
             self._context = self._mjw.create_render_context(
-                self._mj_model, 1, cam_active=[], enabled_geom_groups=[VISUAL_GROUP], background_color=(1.0, 1.0, 1.0, 1.0)
+                self._mj_model, 1, cam_active=[], enabled_geom_groups=[VISUAL_GROUP], background_color=WHITE
             )
         self._size = (0, 0)
 
@@ -145,7 +146,9 @@ def _import_renderer() -> tuple[Any, Any]:
         warp.config.quiet = True
         import mujoco_warp
     except ImportError as error:
-        raise BackendError(f"rendering ground truth needs mujoco_warp: pip install 'kinesplat[render]' ({error})") from error
+        raise BackendError(
+            f"rendering with MuJoCo needs mujoco_warp: pip install 'kinesplat[render]' ({error})"
+        ) from error
     return warp, mujoco_warp
 
 
@@ -174,9 +177,7 @@ def _geom_poses(
     return positions @ T[:3, :3].T + T[:3, 3], T[:3, :3] @ rotations
 
 
-def _camera_rays(
-    K: Float[np.ndarray, "3 3"], width: int, height: int, samples: int
-) -> Float[np.ndarray, "rays 3"]:
+def _camera_rays(K: Float[np.ndarray, "3 3"], width: int, height: int, samples: int) -> Float[np.ndarray, "rays 3"]:
     """Unit directions in MuJoCo's camera frame, pixel by pixel; sample i at the i-th Hammersley point."""
     index = np.arange(samples)
     offsets = np.stack([(index + 0.5) / samples, _van_der_corput(samples) + 0.5 / samples], axis=-1)

@@ -1,20 +1,23 @@
 """Cut a link's surface into patches of about equal area and give each patch the Gaussian of its own moments."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
+from kinesplat.errors import InputError
 from kinesplat.gaussians import Parameters
 from kinesplat.rasterizer.spherical_harmonics import SH_C0, sh_basis
 from kinesplat.surface.points import SurfacePoints
 
-OPACITY = 0.98
-SPREAD = 1.9
+OPACITY = 0.999
+SPREAD = 2.2
 """Standard deviation of a splat over that of its patch: half opacity at the rim of a disc needs 1.7."""
-NORMAL_SPREAD = 1.0
-THICKNESS = 0.1
+NORMAL_SPREAD = 0.7
+THICKNESS = 0.05
 """Least standard deviation along the normal, in patch radii."""
 NORMAL_WEIGHT = 1.0
 """Distance between opposite normals in the metric of the partition, in patch radii."""
@@ -25,23 +28,43 @@ AMBIENT, DIFFUSE = 0.5, 0.5
 """The headlight of the data sets."""
 
 
+def share_among_links(weight: Float[np.ndarray, " links"], n: int) -> Int[np.ndarray, " links"]:
+    """Share `n` splats in proportion to `weight`, at least one where it is positive (largest remainder).
+
+    Raises:
+        InputError: fewer splats than links of positive weight.
+    """
+    shown = weight > 0.0
+    spare = n - int(shown.sum())
+    if spare < 0 or n < 1:
+        raise InputError(f"n is {n}; expected at least one Gaussian for each of the {int(shown.sum())} visible links")
+    exact = spare * weight / weight.sum()
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: spare - int(counts.sum())]] += 1
+    return counts + shown
+
+
 def cut_into_patches(
-    points: SurfacePoints, count: int, rng: np.random.Generator
-) -> tuple[Int[np.ndarray, " n"], float]:
-    """Label each point of one link with one of `count` patches; also the radius of a patch [m].
+    positions: Float[np.ndarray, "n 3"],
+    facing: Float[np.ndarray, "n 3"],
+    radius: float,
+    count: int,
+    rng: np.random.Generator,
+) -> Int[np.ndarray, " n"]:
+    """Label each point of one link with one of `count` patches of about `radius` [m].
 
     A centroidal Voronoi partition in position and normal (Lloyd from farthest points), so that a patch reaches neither
     over a sharp edge nor through a thin plate.
     """
-    radius = float(np.sqrt(points.area.sum() / (np.pi * count)))
-    features = np.concatenate([points.positions, 0.5 * NORMAL_WEIGHT * radius * points.facing], axis=1)
+    features = np.concatenate([positions, 0.5 * NORMAL_WEIGHT * radius * facing], axis=1)
     centres = _farthest_points(features, count, rng)
     for _ in range(LLOYD_ITERATIONS):
         label = cKDTree(centres).query(features, workers=-1)[1]
         mass = np.bincount(label, minlength=count)
-        means = _group_sums(features, label, count) / np.maximum(mass, 1)[:, None]
+        sums = np.stack([np.bincount(label, column, minlength=count) for column in features.T], axis=-1)
+        means = sums / np.maximum(mass, 1)[:, None]
         centres = np.where(mass[:, None] > 0, means, centres)
-    return cKDTree(centres).query(features, workers=-1)[1], radius
+    return cKDTree(centres).query(features, workers=-1)[1]
 
 
 def _farthest_points(
@@ -61,36 +84,70 @@ def _farthest_points(
     return pool[chosen]
 
 
-def patches_to_parameters(
-    points: SurfacePoints, label: Int[np.ndarray, " n"], count: int, radius: float
-) -> Parameters:
-    """Gaussians with the means and (widened) covariances of the patches, and the mean of their shading.
+@dataclass(frozen=True)
+class Members:
+    """What patches are made of: points, or smaller splats.
+
+    Attributes:
+        positions: ``(m, 3)`` [m].
+        facing: ``(m, 3)`` unit outward normals.
+        areas: ``(m,)`` weights [m^2].
+        sh: ``(m, 9, 3)`` spherical harmonics without the 0.5 offset.
+        covariances: ``(m, 3, 3)`` of each member's own surface, or None for points [m^2].
+    """
+
+    positions: Float[np.ndarray, "m 3"]
+    facing: Float[np.ndarray, "m 3"]
+    areas: Float[np.ndarray, " m"]
+    sh: Float[np.ndarray, "m k 3"]
+    covariances: Float[np.ndarray, "m 3 3"] | None = None
+
+
+def patches_to_parameters(members: Members, label: Int[np.ndarray, " m"], count: int, radius: float) -> Parameters:
+    """Gaussians with the means and (widened) covariances of patches, and the mean of their members' colour.
 
     Args:
-        points: of one link.
-        label: ``(n,)`` patch of each point.
-        count: number of patches; one without a point becomes a transparent dot on the first point.
+        members: of one link.
+        label: ``(m,)`` patch of each member.
+        count: number of patches; one without a member becomes a transparent dot on the first member.
         radius: of a patch, the scale of small regularisers [m].
     """
-    mass = np.bincount(label, minlength=count).astype(float)
-    weight = 1.0 / np.maximum(mass, 1.0)
-    means = _group_sums(points.positions, label, count) * weight[:, None]
-    means[mass == 0] = points.positions[0]
-    offsets = points.positions - means[label]
-    covariance = _group_sums(_outer(offsets), label, count) * weight[:, None, None]
-    spread_of_normals = _group_sums(_outer(points.facing), label, count) * weight[:, None, None]
-    axes = _patch_axes(covariance, spread_of_normals, radius)
-    variance = np.maximum(np.einsum("nij,nik,nkj->nj", axes, covariance, axes), 0.0)
-    flat = np.array([0.25, 0.25, 0.0]) * radius**2  # a disc of that radius, for patches of very few points
-    variance = (mass[:, None] * variance + PRIOR_POINTS * flat) / (mass[:, None] + PRIOR_POINTS)
-    scales = np.array([SPREAD, SPREAD, NORMAL_SPREAD]) * np.sqrt(variance)
-    scales[:, 2] = np.maximum(scales[:, 2], THICKNESS * radius)
-    opacity = np.where(mass > 0, OPACITY, 1e-3)
-    quats = Rotation.from_matrix(axes).as_quat(scalar_first=True)
-    sh = _group_sums(headlight_shading(points), label, count) * weight[:, None, None]
+    number = np.bincount(label, minlength=count)
+    mass = np.maximum(np.bincount(label, members.areas, minlength=count), 1e-30)
+
+    def average(values: Float[np.ndarray, "m *rest"]) -> Float[np.ndarray, "count *rest"]:
+        tail = [1] * (values.ndim - 1)
+        flat = (values * members.areas.reshape(-1, *tail)).reshape(len(values), -1)
+        sums = np.stack([np.bincount(label, column, minlength=count) for column in flat.T], axis=-1)
+        return sums.reshape(count, *values.shape[1:]) / mass.reshape(-1, *tail)
+
+    means = average(members.positions)
+    means[number == 0] = members.positions[0]
+    spread = _outer(members.positions - means[label])
+    covariance = average(spread if members.covariances is None else spread + members.covariances)
+    axes = _patch_axes(covariance, average(_outer(members.facing)), average(members.facing), radius)
+    sh = average(members.sh)
     sh[:, 0] -= 0.5 / SH_C0
+    opacity = np.where(number > 0, OPACITY, 1e-3)
+    quats = Rotation.from_matrix(axes).as_quat(scalar_first=True)
+    scales = _patch_scales(covariance, axes, number, radius)
     tensors = (means, quats, np.log(scales), np.log(opacity / (1.0 - opacity)), sh)
     return Parameters(*(torch.from_numpy(np.ascontiguousarray(t)).float() for t in tensors))
+
+
+def _patch_scales(
+    covariance: Float[np.ndarray, "n 3 3"],
+    axes: Float[np.ndarray, "n 3 3"],
+    number: Int[np.ndarray, " n"],
+    radius: float,
+) -> Float[np.ndarray, "n 3"]:
+    """Standard deviations along the axes; patches of very few points lean towards a disc of the usual radius."""
+    variance = np.maximum(np.einsum("nij,nik,nkj->nj", axes, covariance, axes), 0.0)
+    disc = np.array([0.25, 0.25, 0.0]) * radius**2
+    variance = (number[:, None] * variance + PRIOR_POINTS * disc) / (number[:, None] + PRIOR_POINTS)
+    scales = np.array([SPREAD, SPREAD, NORMAL_SPREAD]) * np.sqrt(variance)
+    scales[:, 2] = np.maximum(scales[:, 2], THICKNESS * radius)
+    return scales
 
 
 def headlight_shading(points: SurfacePoints) -> Float[np.ndarray, "n 9 3"]:
@@ -118,24 +175,21 @@ def _shading_polynomial() -> tuple[float, float, float]:
 
 
 def _patch_axes(
-    covariance: Float[np.ndarray, "n 3 3"], spread_of_normals: Float[np.ndarray, "n 3 3"], radius: float
+    covariance: Float[np.ndarray, "n 3 3"],
+    spread_of_normals: Float[np.ndarray, "n 3 3"],
+    outward: Float[np.ndarray, "n 3"],
+    radius: float,
 ) -> Float[np.ndarray, "n 3 3"]:
-    """Right-handed axes in columns, the patch normal (of either sign) last, the tangents along the patch's own axes."""
+    """Right-handed axes in columns, the patch normal last and outward, the tangents along the patch's own axes."""
     normal = np.linalg.eigh(spread_of_normals - covariance / radius**2)[1][:, :, 2]
     # Push the normal direction far below the tangential ones, so that eigh returns it first.
     flattened = covariance - (np.trace(covariance, axis1=1, axis2=2) + radius**2)[:, None, None] * _outer(normal)
     vectors = np.linalg.eigh(flattened)[1]
     first, second = vectors[:, :, 2], vectors[:, :, 1]
+    inward = np.einsum("ni,ni->n", np.cross(first, second), outward) < 0.0
+    second = np.where(inward[:, None], -second, second)
     return np.stack([first, second, np.cross(first, second)], axis=-1)
 
 
 def _outer(vectors: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3 3"]:
     return vectors[:, :, None] * vectors[:, None, :]
-
-
-def _group_sums(
-    values: Float[np.ndarray, "n *rest"], label: Int[np.ndarray, " n"], count: int
-) -> Float[np.ndarray, "count *rest"]:
-    flat = values.reshape(len(values), -1)
-    sums = np.stack([np.bincount(label, weights=column, minlength=count) for column in flat.T], axis=-1)
-    return sums.reshape(count, *values.shape[1:])

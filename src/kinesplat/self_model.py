@@ -1,0 +1,226 @@
+"""SelfModel: a kinematic tree and the Gaussians that ride on its links."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kinesplat import __version__
+from kinesplat.camera import Camera
+from kinesplat.errors import InputError, ModelFileError
+from kinesplat.gaussians import Gaussians, Parameters
+from kinesplat.kinematics import KinematicTree
+from kinesplat.model_file import read_model_file, write_model_file
+from kinesplat.rasterizer import DEFAULT_OUTPUTS, WHITE, Render, rasterize_links
+from kinesplat.rasterizer.render import Background
+from kinesplat.skinning import pose_gaussians
+from kinesplat.surface.merging import merge_splats
+from kinesplat.surface.patches import SPREAD
+
+if TYPE_CHECKING:
+    import kinesplat.description
+
+EPS2D = 0.01
+NEAR = 0.01
+_HALF = ("quats", "log_scales", "logit_opacities", "sh")
+
+
+@dataclass(frozen=True)
+class SelfModel:
+    """A robot that can be rendered in any configuration; differentiable in joints, camera and splats.
+
+    Attributes:
+        tree: the robot's kinematics.
+        parameters: the splats, means, quats and spherical harmonics in the frame of their link.
+        link_index: ``(n,)`` the link that each splat rides on.
+        eps2d: screen dilation that the splats were made for [px^2].
+        provenance: where the model comes from: robot, source, licence of the description, recipe, ...
+    """
+
+    tree: KinematicTree
+    parameters: Parameters
+    link_index: Int[Tensor, " n"]
+    eps2d: float = EPS2D
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_description(cls, robot: "kinesplat.description.Robot", n: int = 10_000, seed: int = 0) -> Self:
+        """A self-model without any training: flat splats over the visible surface of the robot's meshes.
+
+        Args:
+            robot: a loaded description.
+            n: number of splats.
+            seed: of the surface samples.
+
+        Raises:
+            InputError: the robot has no visible surface, or `n` is smaller than the number of its visible links.
+        """
+        from kinesplat.surface.sampler import sample_surface  # needs the description package, and so MuJoCo
+
+        parameters, link_index = sample_surface(robot.link_meshes, robot.tree, n, seed)
+        provenance = {
+            "robot": robot.name,
+            "source": "/".join(Path(robot.source).parts[-2:]),
+            "licence": robot.licence,
+            "recipe": "mesh-bound",
+            "gaussians": n,
+            "seed": seed,
+            "kinesplat": __version__,
+        }
+        return cls(robot.tree, parameters, link_index, EPS2D, provenance)
+
+    def posed(
+        self, q: Float[Tensor, "*#batch dof"], T_world_base: Float[Tensor, "*#batch 4 4"] | None = None
+    ) -> Gaussians:
+        """The splats of configuration `q` in the world, batch ``*batch``; spherical harmonics are turned along.
+
+        Args:
+            q: ``(*batch, dof)`` joint values [rad or m].
+            T_world_base: ``(*batch, 4, 4)`` where the base is; the description's own place by default.
+
+        Raises:
+            InputError: q has another number of joints or is not finite.
+        """
+        Ts_world_link = self.tree.forward_kinematics(q, T_world_base).to(self.parameters.means.dtype)
+        return pose_gaussians(self.parameters.activate(), self.link_index, Ts_world_link)
+
+    def render(
+        self,
+        q: Float[Tensor, "*#batch dof"],
+        camera: Camera,
+        background: Background = WHITE,
+        *,
+        T_world_base: Float[Tensor, "*#batch 4 4"] | None = None,
+        outputs: Sequence[str] = DEFAULT_OUTPUTS,
+        backend: str | None = None,
+    ) -> Render:
+        """Images of configuration `q`; the same as rasterising `posed(q)`, but faster.
+
+        Args:
+            q: ``(*batch, dof)`` joint values [rad or m]; B configurations x C cameras are q ``(B, 1, dof)``.
+            camera: cameras of batch ``(C,)``, OpenCV axes.
+            background: ``(3,)`` colour composited last.
+            T_world_base: ``(*batch, 4, 4)`` where the base is; the description's own place by default.
+            outputs: which of "rgb", "alpha", "depth" [m], "link_id", "contribution" to compute.
+            backend: as in `kinesplat.rasterize`.
+
+        Raises:
+            InputError: q, camera or background of the wrong shape, or not finite; an unknown output or backend.
+        """
+        return rasterize_links(
+            self.parameters.activate(),
+            self.link_index,
+            self.tree.forward_kinematics(q, T_world_base),
+            camera,
+            background,
+            eps2d=self.eps2d,
+            backend=backend,
+            outputs=outputs,
+        )
+
+    def check_camera(
+        self, q: Float[Tensor, " dof"], camera: Camera, T_world_base: Float[Tensor, "4 4"] | None = None
+    ) -> None:
+        """Refuse cameras from which the robot cannot be seen properly: inside it, or touching it.
+
+        Inside is where the winding number of the robot's surface is above one half; every splat stands for a piece of
+        surface with its normal (Barill et al. 2018, "Fast winding numbers for soups and clouds", eq. 3).
+
+        Raises:
+            InputError: a camera centre lies inside the robot in configuration `q`, or within the near plane (10 mm) of
+                its surface; says which camera.
+        """
+        with torch.no_grad():
+            Ts_world_link = self.tree.forward_kinematics(q, T_world_base).to(self.parameters.means.dtype)
+            centres = camera.T_world_cam[..., :3, 3].to(Ts_world_link).reshape(-1, 3)
+            winding, distance = _winding_numbers(self.parameters.activate(), self.link_index, Ts_world_link, centres)
+        for index in torch.nonzero((winding > 0.5) | (distance < NEAR))[:, 0].tolist():
+            where = "inside the robot" if winding[index] > 0.5 else f"{1000 * distance[index]:.1f} mm from the robot"
+            place = ", ".join(f"{x:.3f}" for x in centres[index].tolist())
+            which = f"camera {index}" if len(centres) > 1 else "the camera"
+            raise InputError(f"{which} at ({place}) m is {where}; nothing sensible can be seen from there")
+
+    def subsample(self, n: int, seed: int = 0) -> Self:
+        """A coarser model of at most `n` splats: neighbours of one link and one facing are merged.
+
+        Raises:
+            InputError: `n` is smaller than the number of links that carry splats.
+        """
+        if n >= len(self.parameters):
+            return self
+        parameters, link_index = merge_splats(self.parameters, self.link_index, len(self.tree.link_names), n, seed)
+        return replace(self, parameters=parameters, link_index=link_index)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """The same model with its splats on another device or in another dtype; the tree answers in q's."""
+        parameters = self.parameters.to(device, dtype)
+        return replace(self, parameters=parameters, link_index=self.link_index.to(device))
+
+    def save(self, path: str | Path, half: bool = False) -> None:
+        """Write the model to one file, whole or not at all.
+
+        Args:
+            path: usually ``*.safetensors``.
+            half: store all but the means in half precision, which costs less than 0.001 in the images.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        splats = {f.name: getattr(self.parameters, f.name) for f in fields(Parameters)}
+        if half:
+            splats |= {name: splats[name].half() for name in _HALF}
+        tree = {f"tree.{name}": tensor for name, tensor in self.tree.to_tensors().items()}
+        header = {"eps2d": self.eps2d, "provenance": dict(self.provenance)}
+        write_model_file(path, {**splats, **tree, "link_index": self.link_index.to(torch.int16)}, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a model, in float32; needs neither the description nor MuJoCo.
+
+        Raises:
+            ModelFileError: the file is missing, cut short, corrupt, no self-model, or of a newer version.
+        """
+        tensors, header = read_model_file(path)
+        try:
+            tree = KinematicTree.from_tensors({k[5:]: t for k, t in tensors.items() if k.startswith("tree.")})
+            parameters = Parameters(*(tensors[f.name].float() for f in fields(Parameters)))
+            model = cls(tree, parameters, tensors["link_index"].long(), float(header["eps2d"]), header["provenance"])
+        except KeyError as error:
+            raise ModelFileError(f"{path}: {error} is missing") from error
+        except ModelFileError as error:
+            raise ModelFileError(f"{path}: {error}") from error
+        _check_contents(model, path)
+        return model
+
+
+def _check_contents(model: SelfModel, path: str | Path) -> None:
+    values = [getattr(model.parameters, f.name) for f in fields(Parameters)]
+    if any(len(v) != len(model.link_index) for v in values):
+        raise ModelFileError(f"{path}: arrays of {sorted({len(v) for v in values})} and {len(model.link_index)} splats")
+    if not all(torch.isfinite(v).all() for v in values):
+        raise ModelFileError(f"{path}: a splat parameter is NaN or infinite")
+    links = len(model.tree.link_names)
+    if len(model.link_index) and not 0 <= int(model.link_index.min()) <= int(model.link_index.max()) < links:
+        raise ModelFileError(f"{path}: a splat rides on a link outside 0 to {links - 1}")
+
+
+def _winding_numbers(
+    gaussians: Gaussians,
+    link_index: Int[Tensor, " n"],
+    Ts_world_link: Float[Tensor, "links 4 4"],
+    points: Float[Tensor, "m 3"],
+) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
+    """Winding number of the splats' surface around each point, and distance to the nearest splat [m]."""
+    posed = pose_gaussians(gaussians, link_index, Ts_world_link)
+    w, x, y, z = posed.quats.unbind(-1)
+    normals = torch.stack([2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)], dim=-1)
+    areas = math.pi * (2.0 / SPREAD) ** 2 * posed.scales[..., 0] * posed.scales[..., 1]
+    offsets = posed.means - points[:, None]
+    distances = offsets.norm(dim=-1).clamp(min=1e-9)
+    solid_angles = areas * (offsets * normals).sum(dim=-1) / distances**3
+    return solid_angles.sum(dim=-1) / (4.0 * math.pi), distances.amin(dim=-1)

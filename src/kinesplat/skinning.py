@@ -1,0 +1,80 @@
+"""Splats that ride on links: the exact binding of a mesh-bound self-model."""
+
+import math
+from functools import cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kinesplat.gaussians import Gaussians
+from kinesplat.rasterizer.spherical_harmonics import sh_basis, sh_degree
+
+
+def pose_gaussians(
+    gaussians: Gaussians, link_index: Int[Tensor, " n"], Ts_world_link: Float[Tensor, "*batch links 4 4"]
+) -> Gaussians:
+    """Splats given in link frames, moved into the world; means, quats and spherical harmonics turn with their link.
+
+    Args:
+        gaussians: ``(n, ...)`` in link frames.
+        link_index: ``(n,)`` link of each splat.
+        Ts_world_link: ``(*batch, links, 4, 4)`` [m].
+
+    Returns:
+        Gaussians of batch ``*batch``; scales and opacities are expanded, not copied. Differentiable in everything.
+    """
+    batch = Ts_world_link.shape[:-3]
+    R, t = Ts_world_link[..., :3, :3], Ts_world_link[..., :3, 3]
+    means = (R[..., link_index, :, :] @ gaussians.means[..., None])[..., 0] + t[..., link_index, :]
+    quats = _quat_product(_rotations_to_quats(R)[..., link_index, :], gaussians.quats)
+    sh = sh_rotation(R, sh_degree(gaussians.sh.shape[-2]))[..., link_index, :, :] @ gaussians.sh
+    scales = gaussians.scales.expand(*batch, *gaussians.scales.shape)
+    return Gaussians(means, quats, scales, gaussians.opacities.expand(*batch, len(gaussians)), sh)
+
+
+def sh_rotation(R: Float[Tensor, "*batch 3 3"], degree: int) -> Float[Tensor, "*batch k k"]:
+    """Matrix that turns coefficients with the body they belong to: ``Y(d) @ (D sh) = Y(R^T d) @ sh`` for all d.
+
+    The real Wigner matrix of all degrees up to `degree`, by solving for it at fixed directions (the basis spans a
+    space that rotations keep, so the fit is exact).
+    """
+    directions, inverse = _fixed_directions(degree)
+    return inverse.to(R) @ sh_basis(directions.to(R) @ R, degree)
+
+
+@cache
+def _fixed_directions(degree: int) -> tuple[Float[Tensor, "m 3"], Float[Tensor, "k m"]]:
+    """A Fibonacci lattice of directions, and the pseudo-inverse of the basis there."""
+    count = 2 * (degree + 1) ** 2
+    i = torch.arange(count, dtype=torch.float64) + 0.5
+    z, azimuth = 1.0 - 2.0 * i / count, i * math.pi * (3.0 - math.sqrt(5.0))
+    rho = torch.sqrt(1.0 - z.square())
+    directions = torch.stack([rho * azimuth.cos(), rho * azimuth.sin(), z], dim=-1)
+    return directions, torch.linalg.pinv(sh_basis(directions, degree))
+
+
+def _rotations_to_quats(R: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 4"]:
+    """Unit quaternions wxyz: of the four rows of ``4 q q^T``, the one with the largest diagonal (Shepperd 1978)."""
+    (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in R.unbind(-2))
+    rows = [
+        [1 + a + e + i, h - f, c - g, d - b],
+        [h - f, 1 + a - e - i, b + d, c + g],
+        [c - g, b + d, 1 - a + e - i, f + h],
+        [d - b, c + g, f + h, 1 - a - e + i],
+    ]
+    outer = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+    best = outer.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)
+    row = torch.take_along_dim(outer, best[..., None, None], dim=-2)[..., 0, :]
+    return torch.nn.functional.normalize(row, dim=-1)
+
+
+def _quat_product(a: Float[Tensor, "*#batch 4"], b: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*b 4"]:
+    """Hamilton product, wxyz."""
+    aw, ax, ay, az = a.unbind(-1)
+    bw, bx, by, bz = b.unbind(-1)
+    w = aw * bw - ax * bx - ay * by - az * bz
+    x = aw * bx + ax * bw + ay * bz - az * by
+    y = aw * by - ax * bz + ay * bw + az * bx
+    z = aw * bz + ax * by - ay * bx + az * bw
+    return torch.stack([w, x, y, z], dim=-1)

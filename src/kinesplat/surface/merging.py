@@ -1,0 +1,65 @@
+"""Merge the splats of a model into fewer, larger ones."""
+
+from dataclasses import fields
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from scipy.spatial.transform import Rotation
+from torch import Tensor
+
+from kinesplat.gaussians import Parameters
+from kinesplat.rasterizer.spherical_harmonics import SH_C0
+from kinesplat.surface.patches import (
+    NORMAL_SPREAD,
+    SPREAD,
+    Members,
+    cut_into_patches,
+    patches_to_parameters,
+    share_among_links,
+)
+
+
+def merge_splats(
+    parameters: Parameters, link_index: Int[Tensor, " m"], links: int, n: int, seed: int = 0
+) -> tuple[Parameters, Int[Tensor, " n"]]:
+    """Cut the splats of each link into patches of neighbours and give each patch one splat of the same moments.
+
+    Args:
+        parameters: in link frames.
+        link_index: ``(m,)`` link of each splat.
+        links: number of links.
+        n: number of splats to keep, shared among the links as the splats are.
+        seed: of the partition.
+
+    Raises:
+        InputError: fewer splats than links that carry any.
+    """
+    rng = np.random.default_rng(seed)
+    link = link_index.cpu().numpy()
+    counts = share_among_links(np.bincount(link, minlength=links).astype(float), n)
+    with torch.no_grad():
+        parts = [
+            _merge(parameters.select(link_index == i).to("cpu", torch.float64), int(counts[i]), rng)
+            for i in np.flatnonzero(counts)
+        ]
+    merged = Parameters(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Parameters)))
+    device, dtype = parameters.means.device, parameters.means.dtype
+    return merged.to(device, dtype), torch.from_numpy(np.repeat(np.arange(links), counts)).to(link_index)
+
+
+def _merge(splats: Parameters, count: int, rng: np.random.Generator) -> Parameters:
+    if count >= len(splats):
+        return splats
+    gaussians = splats.activate()
+    means, scales, opacities = (t.numpy() for t in (gaussians.means, gaussians.scales, gaussians.opacities))
+    axes = Rotation.from_quat(gaussians.quats.numpy(), scalar_first=True).as_matrix()
+    areas = np.pi * (2.0 / SPREAD) ** 2 * scales[:, 0] * scales[:, 1]
+    flat = scales / np.array([SPREAD, SPREAD, NORMAL_SPREAD])
+    radius = float(np.sqrt(areas.sum() / (np.pi * count)))
+    label = cut_into_patches(means, axes[:, :, 2], radius, count, rng)
+    sh = gaussians.sh.numpy().copy()
+    sh[:, 0] += 0.5 / SH_C0
+    covariances = np.einsum("nij,nj,nkj->nik", axes, flat**2, axes)
+    members = Members(means, axes[:, :, 2], areas * opacities, sh, covariances)
+    return patches_to_parameters(members, label, count, radius).to(dtype=torch.float64)

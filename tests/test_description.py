@@ -171,7 +171,7 @@ def test_names_of_the_ten_robots(shared: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("MENAGERIE_ROOT", str(shared / "robots"))
     expected = {
         "shadow_hand": 24, "unitree_g1_37dof_2024": 37, "unitree_h1": 19, "franka_emika_panda": 8, "google_robot": 9,
-        "trossen_vx300s": 7, "ufactory_xarm7": 12, "unitree_go1": 12, "unitree_go2": 12, "universal_robots_ur5e": 6,
+        "trossen_vx300s": 7, "ufactory_xarm7": 8, "unitree_go1": 12, "unitree_go2": 12, "universal_robots_ur5e": 6,
     }  # fmt: skip
     assert set(expected) <= set(names())
     for name, dof in expected.items():

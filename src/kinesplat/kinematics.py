@@ -220,8 +220,9 @@ class KinematicTree:
 
     @cached_property
     def _limited_balls(self) -> list[int]:
-        firsts = self.node_coordinate[self.node_type == BALL]
-        entries = [int((self.couplings.independent == first).nonzero()) for first in firsts]
+        entry_of = {coordinate: entry for entry, coordinate in enumerate(self.couplings.independent.tolist())}
+        firsts = self.node_coordinate[self.node_type == BALL].tolist()
+        entries = [entry_of[first] for first in firsts if first in entry_of]
         return [entry for entry in entries if self.q_limited[entry]]
 
 

@@ -35,7 +35,7 @@ def robot_from_model(
         mj_model=model,
         coordinate_qpos=kinematics.coordinate_qpos,
         base_qpos=kinematics.base_qpos,
-        warnings=(*warnings, *_warnings(model, geoms)),
+        warnings=(*warnings, *kinematics.warnings, *_warnings(model, geoms)),
     )
 
 

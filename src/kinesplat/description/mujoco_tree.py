@@ -1,16 +1,17 @@
 """KinematicTree of a compiled MuJoCo model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mujoco
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.polynomial import Polynomial
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from kinesplat.couplings import Couplings
+from kinesplat.description.equalities import couplings_of, joint_equalities
+from kinesplat.description.linkages import Passive, Solved, pins_of, solve_linkages
 from kinesplat.errors import DescriptionError
 from kinesplat.kinematics import BALL, FIXED, HINGE, SLIDE, KinematicTree
 
@@ -28,6 +29,7 @@ class MujocoTree:
     tree: KinematicTree
     coordinate_qpos: np.ndarray
     base_qpos: int
+    warnings: tuple[str, ...]
 
 
 @dataclass
@@ -96,7 +98,8 @@ def tree_of(model: mujoco.MjModel) -> MujocoTree:
     """Kinematics of every body but the world.
 
     The free joint with most joints below it is the base (`T_world_base`); any further free joint becomes three slides
-    and a ball. Joint equalities become couplings. Tendons, actuators and contacts do not move anything here.
+    and a ball. Joint equalities and closed linkages become couplings. Tendons, actuators and contacts do not move
+    anything here.
 
     Raises:
         DescriptionError: the model has no body, or its joint equalities contradict each other.
@@ -108,12 +111,36 @@ def tree_of(model: mujoco.MjModel) -> MujocoTree:
     for body in range(1, model.nbody):
         parent = int(model.body_parentid[body])
         link_node.append(_add_body(model, body, link_node[parent - 1] if parent else 0, base_joint, nodes, coordinates))
+    names = [c.name for c in coordinates]
+    rows = joint_equalities(model, {c.joint: i for i, c in enumerate(coordinates) if c.kind != BALL}, names)
+    couplings = couplings_of(rows, names)
+    tree = _assembled(model, base_joint, nodes, coordinates, link_node, couplings)
+    solved = _linkage_solution(model, tree, [coordinates[i] for i in couplings.independent.tolist()])
+    if solved.rows:
+        for entry, limits in solved.limits.items():
+            driver = coordinates[int(couplings.independent[entry])]
+            driver.lower, driver.upper = limits
+        tree = _assembled(
+            model, base_joint, nodes, coordinates, link_node, couplings_of({**rows, **solved.rows}, names)
+        )
+    base_qpos = int(model.jnt_qposadr[base_joint]) if base_joint >= 0 else -1
+    qpos = np.array([c.qpos for c in coordinates], dtype=np.int64)
+    return MujocoTree(tree, qpos, base_qpos, tuple(solved.warnings))
+
+
+def _assembled(
+    model: mujoco.MjModel,
+    base_joint: int,
+    nodes: _Nodes,
+    coordinates: list[_Coordinate],
+    link_node: list[int],
+    couplings: Couplings,
+) -> KinematicTree:
     base_body = int(model.jnt_bodyid[base_joint]) if base_joint >= 0 else 0
-    couplings = _couplings(model, coordinates)
     independent = [coordinates[i] for i in couplings.independent.tolist()]
     limits = np.array([[c.lower, c.upper] for c in independent]).reshape(-1, 2)
     rest = _canonical_qpos(model)
-    canonical = np.array([_coordinate_value(rest, c, coordinates) for c in independent])
+    canonical = np.array([_coordinate_value(rest, c) for c in independent], dtype=np.float64)
     tree = KinematicTree(
         link_names=tuple(body_name(model, b) for b in range(1, model.nbody)),
         joint_names=tuple(c.name for c in independent),
@@ -122,7 +149,7 @@ def tree_of(model: mujoco.MjModel) -> MujocoTree:
         q_lower=torch.from_numpy(limits[:, 0].copy()),
         q_upper=torch.from_numpy(limits[:, 1].copy()),
         q_limited=torch.tensor([c.limited for c in independent], dtype=torch.bool),
-        q_canonical=torch.from_numpy(canonical.astype(np.float64)),
+        q_canonical=torch.from_numpy(canonical),
         T_world_base=_matrix(transform(model.body_pos[base_body], model.body_quat[base_body])),
         base_node=link_node[base_body - 1] if base_body else 0,
         node_parent=torch.tensor(nodes.parent),
@@ -134,10 +161,7 @@ def tree_of(model: mujoco.MjModel) -> MujocoTree:
         link_node=torch.tensor(link_node),
         couplings=couplings,
     )
-    clamped = tree.clamp(tree.q_canonical)
-    tree.q_canonical.copy_(clamped)
-    base_qpos = int(model.jnt_qposadr[base_joint]) if base_joint >= 0 else -1
-    return MujocoTree(tree, np.array([c.qpos for c in coordinates], dtype=np.int64), base_qpos)
+    return replace(tree, q_canonical=tree.clamp(tree.q_canonical))
 
 
 def _matrix(array: np.ndarray) -> Tensor:
@@ -216,56 +240,36 @@ def _canonical_qpos(model: mujoco.MjModel) -> Float[np.ndarray, " nq"]:
     return model.key_qpos[names.index("home") if "home" in names else 0]
 
 
-def _coordinate_value(qpos: np.ndarray, coordinate: _Coordinate, coordinates: list[_Coordinate]) -> float:
+def _coordinate_value(qpos: np.ndarray, coordinate: _Coordinate) -> float:
     if coordinate.kind != BALL:
         return float(qpos[coordinate.qpos])
     vector = Rotation.from_quat(qpos[coordinate.qpos : coordinate.qpos + 4], scalar_first=True).as_rotvec()
     return float(vector["xyz".index(coordinate.name[-1])])
 
 
-def _couplings(model: mujoco.MjModel, coordinates: list[_Coordinate]) -> Couplings:
-    """Joint equalities as polynomials, in an order in which every driver comes before what follows it."""
-    of_joint = {c.joint: i for i, c in enumerate(coordinates) if c.kind != BALL}
-    rows: dict[int, tuple[int, np.ndarray]] = {}
-    active = model.eq_active0.astype(bool)
-    for equality in np.flatnonzero((model.eq_type == int(mujoco.mjtEq.mjEQ_JOINT)) & active):
-        follower, driver = of_joint[int(model.eq_obj1id[equality])], int(model.eq_obj2id[equality])
-        polynomial = Polynomial(model.eq_data[equality, :5])
-        follower_reference = float(model.qpos0[coordinates[follower].qpos])
-        if driver < 0:
-            rows[follower] = (-1, np.array([follower_reference + polynomial.coef[0]]))
-            continue
-        source = of_joint[driver]
-        shifted = polynomial(Polynomial([-float(model.qpos0[coordinates[source].qpos]), 1.0])) + follower_reference
-        rows[follower] = (source, shifted.coef)
-    level = _coupling_levels(rows, coordinates)
-    order = sorted(rows, key=lambda i: (level[i], i))
-    coefficients = np.zeros((len(order), 1, 5))
-    for row, follower in enumerate(order):
-        coefficients[row, 0, : len(rows[follower][1])] = rows[follower][1]
-    zeros = torch.zeros(len(order), dtype=torch.float64)
-    return Couplings(
-        coordinates=len(coordinates),
-        independent=torch.tensor([i for i in range(len(coordinates)) if i not in rows], dtype=torch.int64),
-        dependent=torch.tensor(order, dtype=torch.int64),
-        driver=torch.tensor([max(rows[i][0], 0) for i in order], dtype=torch.int64),
-        level=torch.tensor([level[i] for i in order], dtype=torch.int64),
-        lower=zeros,
-        step=zeros.clone(),
-        coefficients=_matrix(coefficients),
-    )
+def _linkage_solution(model: mujoco.MjModel, tree: KinematicTree, independent: list[_Coordinate]) -> Solved:
+    """Closed loops of `tree`, whose couplings hold the joint equalities alone."""
+    pins = pins_of(model)
+    if not pins:
+        return Solved({}, {}, [])
+    driven = _actuated_joints(model)
+    ball = np.array([c.kind == BALL for c in independent], dtype=bool)
+    rest = [0.0 if c.kind == BALL else float(model.qpos_spring[c.qpos]) for c in independent]
+    stiffness = [float(np.ravel(model.jnt_stiffness[c.joint])[0]) for c in independent]
+    actuated = np.array([c.joint in driven for c in independent], dtype=bool)
+    start = np.array([_coordinate_value(model.qpos0, c) for c in independent])
+    return solve_linkages(tree, pins, Passive(np.array(stiffness), np.array(rest), actuated, ball), start)
 
 
-def _coupling_levels(rows: dict[int, tuple[int, np.ndarray]], coordinates: list[_Coordinate]) -> dict[int, int]:
-    """How many couplings lie between a coordinate and an independent one, plus one."""
-    level: dict[int, int] = {}
-    for start in rows:
-        chain = [start]
-        while (above := rows[chain[-1]][0]) in rows and above not in level:
-            if above in chain:
-                names = " -> ".join(coordinates[i].name for i in [*chain, above])
-                raise DescriptionError(f"joint equalities drive each other in a circle: {names}")
-            chain.append(above)
-        for follower in reversed(chain):
-            level.setdefault(follower, level.get(rows[follower][0], 0) + 1)
-    return level
+def _actuated_joints(model: mujoco.MjModel) -> set[int]:
+    """Joints that an actuator moves, directly or through a tendon."""
+    joint_kinds = {int(mujoco.mjtTrn.mjTRN_JOINT), int(mujoco.mjtTrn.mjTRN_JOINTINPARENT)}
+    joints = set()
+    for kind, target in zip(model.actuator_trntype.tolist(), model.actuator_trnid[:, 0].tolist(), strict=True):
+        if kind in joint_kinds:
+            joints.add(target)
+        if kind == int(mujoco.mjtTrn.mjTRN_TENDON):
+            wraps = range(model.tendon_adr[target], model.tendon_adr[target] + model.tendon_num[target])
+            is_joint = int(mujoco.mjtWrap.mjWRAP_JOINT)
+            joints |= {int(model.wrap_objid[w]) for w in wraps if model.wrap_type[w] == is_joint}
+    return joints

@@ -69,6 +69,7 @@ class SelfModel:
             "licence": robot.licence,
             "recipe": "mesh-bound",
             "gaussians": n,
+            "dof": robot.tree.dof,
             "seed": seed,
             "kinesplat": __version__,
         }

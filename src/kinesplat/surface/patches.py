@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from scipy.spatial.transform import Rotation
 
 from kinesplat.errors import InputError
@@ -59,12 +59,12 @@ def cut_into_patches(
     features = np.concatenate([positions, 0.5 * NORMAL_WEIGHT * radius * facing], axis=1)
     centres = _farthest_points(features, count, rng)
     for _ in range(LLOYD_ITERATIONS):
-        label = cKDTree(centres).query(features, workers=-1)[1]
+        label = KDTree(centres).query(features, workers=-1)[1]
         mass = np.bincount(label, minlength=count)
         sums = np.stack([np.bincount(label, column, minlength=count) for column in features.T], axis=-1)
         means = sums / np.maximum(mass, 1)[:, None]
         centres = np.where(mass[:, None] > 0, means, centres)
-    return cKDTree(centres).query(features, workers=-1)[1]
+    return KDTree(centres).query(features, workers=-1)[1]
 
 
 def _farthest_points(

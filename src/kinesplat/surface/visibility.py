@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from kinesplat.kinematics import KinematicTree
 from kinesplat.surface.points import SurfacePoints
@@ -51,7 +51,7 @@ def covered(points: SurfacePoints) -> Bool[np.ndarray, " n"]:
     if len(points) < 2:
         return np.zeros(len(points), dtype=bool)
     reach = LAYER_REACH * math.sqrt(float(points.area.mean()))
-    pairs = cKDTree(points.positions).query_pairs(reach, output_type="ndarray")
+    pairs = KDTree(points.positions).query_pairs(reach, output_type="ndarray")
     first, second = np.concatenate([pairs, pairs[:, ::-1]]).T
     offset = points.positions[second] - points.positions[first]
     alike = np.einsum("ni,ni->n", points.facing[first], points.facing[second]) > 0.8

@@ -99,8 +99,8 @@ def make_plan(scene: Scene, tensors: tuple[Tensor | None, ...]) -> _Plan:
     sets = math.prod(batch)
     T = T_cam_world.double()[..., None, :, :]
     Ts = Ts_world_link.double()
-    Ts_cam_link = (T @ Ts).expand(*shape, -1, 4, 4).reshape(images, -1, 4, 4).contiguous()
-    focal = torch.stack([K[..., 0, 0], K[..., 1, 1], K[..., 0, 2], K[..., 1, 2]], dim=-1).double()
+    Ts_cam_link = (T @ Ts).expand(*shape, *Ts.shape[-3:]).reshape(images, *Ts.shape[-3:]).contiguous()
+    pinhole = K.flatten(-2)[..., [0, 4, 2, 5, 1]].double()
     flat = (means.reshape(sets, n, 3), quats.reshape(sets, n, 4), scales.reshape(sets, n, 3))
     flat = (*flat, opacities.reshape(sets, n), sh.reshape(sets, n, *sh.shape[-2:]))
     set_index = torch.arange(sets, dtype=torch.int32).reshape(batch).expand(shape).reshape(images)
@@ -108,7 +108,7 @@ def make_plan(scene: Scene, tensors: tuple[Tensor | None, ...]) -> _Plan:
         module.Splats(*(t.contiguous() for t in flat)),
         module.Links(scene.link_index.to(torch.int32).contiguous(), weights, Ts_cam_link),
         module.Views(
-            focal.expand(*shape, 4).reshape(images, 4).contiguous(),
+            pinhole.expand(*shape, 5).reshape(images, 5).contiguous(),
             background.expand(*shape, 3).reshape(images, 3).contiguous(),
             set_index.contiguous(),
             scene.camera.width,

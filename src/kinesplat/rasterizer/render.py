@@ -100,7 +100,7 @@ def make_scene(
 
 
 def check_finite(scene: Scene) -> None:
-    """Raise InputError that names the first tensor of `scene` with NaN or infinity, or a zero quaternion."""
+    """Raise InputError that names the first tensor of `scene` with values that cannot be rendered."""
     named = {f"gaussians.{name}": getattr(scene.gaussians, name) for name in _GAUSSIAN_TAILS}
     named |= {"camera K": scene.camera.K, "camera T_cam_world": scene.camera.T_cam_world}
     named |= {"Ts_world_link": scene.Ts_world_link, "background": scene.background}
@@ -111,6 +111,11 @@ def check_finite(scene: Scene) -> None:
             raise InputError(f"{name} contains NaN or infinity")
     if not (scene.gaussians.quats != 0).any(-1).all():
         raise InputError("gaussians.quats contains a quaternion of length zero")
+    K = scene.camera.K
+    if not ((K[..., 0, 0] > 0) & (K[..., 1, 1] > 0)).all():
+        raise InputError("camera K has a focal length that is not positive")
+    if (K[..., 0, 1] != 0).any():
+        raise InputError("camera K has skew (K[0, 1] is not 0), which no backend renders")
 
 
 _GAUSSIAN_TAILS = {"means": (3,), "quats": (4,), "scales": (3,), "opacities": (), "sh": (None, 3)}

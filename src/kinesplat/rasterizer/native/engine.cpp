@@ -239,8 +239,12 @@ std::string find_bad_input(const Scene &s, const Options &options) {
     double total = 0;
     for (size_t i = 0; i < static_cast<size_t>(s.images) * s.links * 16; ++i) total += s.Ts_cam_link[i] * 0.0;
     if (total != 0.0) return "Ts_world_link or camera T_cam_world contains NaN or infinity";
-    for (size_t i = 0; i < static_cast<size_t>(s.images) * 4; ++i) total += s.K[i] * 0.0;
+    for (size_t i = 0; i < static_cast<size_t>(s.images) * 5; ++i) total += s.K[i] * 0.0;
     if (total != 0.0) return "camera K contains NaN or infinity";
+    for (size_t i = 0; i < static_cast<size_t>(s.images); ++i) {
+        if (s.K[5 * i] <= 0 || s.K[5 * i + 1] <= 0) return "camera K has a focal length that is not positive";
+        if (s.K[5 * i + 4] != 0) return "camera K has skew (K[0, 1] is not 0), which no backend renders";
+    }
     for (size_t i = 0; i < n; ++i) {
         const float *q = s.quats + 4 * i;
         if (q[0] == 0 && q[1] == 0 && q[2] == 0 && q[3] == 0) return "gaussians.quats contains a quaternion of length zero";

@@ -77,7 +77,7 @@ struct PyScene {
         scene.link_index = checked(links.index, "link_index", {n, m});
         scene.link_weights = checked(links.weights, "link_weights", {n, m});
         scene.Ts_cam_link = checked(links.Ts_cam_link, "Ts_cam_link", {images, count, 4, 4});
-        scene.K = checked(views.K, "K", {images, 4});
+        scene.K = checked(views.K, "K", {images, 5});
         scene.background = checked(views.background, "background", {images, 3});
         scene.set_of_image = checked(views.set_of_image, "set_of_image", {images});
         scene.width = views.width;

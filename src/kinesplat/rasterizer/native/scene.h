@@ -53,7 +53,7 @@ struct Scene {
     const int32_t *link_index = nullptr;   // (n, links_per_splat)
     const float *link_weights = nullptr;   // (n, links_per_splat) or null
     const double *Ts_cam_link = nullptr;   // (images, links, 4, 4)
-    const double *K = nullptr;             // (images, 4): fx fy cx cy
+    const double *K = nullptr;             // (images, 5): fx fy cx cy, skew (which must be 0)
     const int32_t *set_of_image = nullptr; // (images)
     const float *background = nullptr;     // (images, 3)
     int width = 0, height = 0;

@@ -194,7 +194,7 @@ inline void compute_geometry(const Scene &s, int image, const Group &g, Geometry
     o.in_front = set1d(kNear) <= o.pc[2];
     o.inv_z = set1d(1.0) / select(o.in_front, o.pc[2], set1d(1.0));
 
-    const double *K = s.K + 4 * image;
+    const double *K = s.K + 5 * image;
     D mean[2];
     for (int axis = 0; axis < 2; ++axis) {
         double focal = K[axis], centre = K[2 + axis], extent = axis ? s.height : s.width;

@@ -24,7 +24,7 @@ KS_INLINE void load_moments(const ImageFrame &frame, uint32_t first, int count, 
 
 // From moments in the image to the mean in the camera (vpc), the axes N in the camera (vN) and the intrinsics.
 KS_INLINE void image_vjp(const Scene &s, int image, const Geometry &o, const F *moments, D vpc[3], D vN[9], D vK[4]) {
-    const double *K = s.K + 4 * image;
+    const double *K = s.K + 5 * image;
     D inv_k2 = set1d(1.0 / kWhitening2), inv_k4 = set1d(1.0 / (kWhitening2 * kWhitening2));
     D gu = widen(moments[kGu]), gv = widen(moments[kGv]);
     D guu = widen(moments[kGuu]), guv = widen(moments[kGuv]), gvv = widen(moments[kGvv]);

@@ -1,6 +1,8 @@
 """Ground-truth images of a robot from MuJoCo, by the ray-traced renderer of `mujoco_warp`: no GL, CPU or CUDA."""
 
 import copy
+import math
+from importlib import import_module
 from typing import Any
 
 import mujoco
@@ -67,7 +69,7 @@ class Capture:
         Args:
             q: ``(*batch, dof)`` joint values [rad], [m].
             camera: camera or batch of cameras, any K (skew and off-centre principal point included).
-            T_world_base: ``(*batch, 4, 4)`` base in the world; identity when absent.
+            T_world_base: ``(*batch, 4, 4)`` where the base is; the description's own place by default.
 
         Returns:
             rgb ``(*batch, h, w, 3)`` on white; alpha, the share of rays that hit; depth [m] along +Z, the mean over the
@@ -77,8 +79,9 @@ class Capture:
         T_world_base = tree.T_world_base if T_world_base is None else T_world_base
         batch = torch.broadcast_shapes(q.shape[:-1], T_world_base.shape[:-2], camera.batch_shape)
         Ts = [T.detach().double().cpu() for T in (T_world_base, camera.K, camera.T_cam_world)]
-        Ts = [T.expand(*batch, *T.shape[-2:]).reshape(-1, *T.shape[-2:]) for T in Ts]
-        q = q.detach().cpu().expand(*batch, q.shape[-1]).reshape(-1, q.shape[-1])
+        count = math.prod(batch)
+        Ts = [T.expand(*batch, *T.shape[-2:]).reshape(count, *T.shape[-2:]) for T in Ts]
+        q = q.detach().cpu().expand(*batch, tree.dof).reshape(count, tree.dof)
         rows = [mujoco_qpos(self.robot, q, Ts[0]), *(T.numpy() for T in Ts)]
         with self._device():
             self._resize(camera.width, camera.height)
@@ -141,15 +144,14 @@ class Capture:
 
 def _import_renderer() -> tuple[Any, Any]:
     try:
-        import warp
-
-        warp.config.quiet = True
-        import mujoco_warp
+        warp = import_module("warp")
+        warp.config.quiet = True  # Warp up to 1.18
+        warp.config.log_level = getattr(warp, "LOG_ERROR", 40)  # from 1.19
+        return warp, import_module("mujoco_warp")
     except ImportError as error:
         raise BackendError(
             f"rendering with MuJoCo needs mujoco_warp: pip install 'kinesplat[render]' ({error})"
         ) from error
-    return warp, mujoco_warp
 
 
 def _render_model(robot: Robot) -> mujoco.MjModel:

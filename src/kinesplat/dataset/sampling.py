@@ -44,10 +44,10 @@ def random_cameras(
     direction = torch.stack([rho * azimuth.cos(), rho * azimuth.sin(), z], dim=-1)
     span, jitter = 0.5 + 0.5 * uniform(), 2.0 * uniform(3) - 1.0
     distance = 2.0 * radius / math.sin(0.5 * fov_y)
-    for _ in range(4):  # a fixed point: the distance at which the picture spans its share
+    for _ in range(16):  # a fixed point: the distance at which the picture spans its share
         target = centre + 0.1 * (distance * math.tan(0.5 * fov_y))[..., None] * jitter
         camera = Camera.look_at(target + distance[..., None] * direction, target, fov_y, size, size)
         pixels, _ = camera.project(points)
         extent = ((pixels / (0.5 * size) - 1.0).abs().amax(dim=-1)).amax(dim=-1)
-        distance = torch.maximum(distance * extent / span, 1.1 * radius)
+        distance = torch.maximum(distance * (extent / span).sqrt(), 1.1 * radius)
     return camera

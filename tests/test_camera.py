@@ -102,3 +102,14 @@ def test_impossible_cameras_are_refused(unchecked_types: None) -> None:
         Camera(good.K, good.T_cam_world, 0, 4)
     with pytest.raises(InputError, match="T_cam_world has shape"):
         Camera(good.K, good.T_cam_world[:3], 4, 4)
+
+
+@pytest.mark.parametrize(("width", "height"), [(200, 200), (300, 200), (150, 200)])
+def test_framing_shows_every_point_and_wastes_no_more_than_the_sphere_needs(width: int, height: int) -> None:
+    points = torch.randn(6, 100, 3) * torch.tensor([0.2, 0.5, 0.4]) + torch.tensor([1.0, 2.0, 0.3])
+    camera = Camera.framing(points, direction=(0.3, -1.0, 0.4), width=width, height=height)
+    pixels, depth = camera.project(points)
+    assert (depth > 0).all()
+    assert (pixels >= 0).all()
+    assert (pixels <= torch.tensor([width, height])).all()
+    assert ((pixels - pixels.mean(dim=1, keepdim=True)).norm(dim=-1).amax(dim=1) > 0.3 * min(width, height)).all()

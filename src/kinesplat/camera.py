@@ -79,6 +79,29 @@ class Camera:
         K = torch.tensor([[focal, 0.0, 0.5 * width], [0.0, focal, 0.5 * height], [0.0, 0.0, 1.0]], dtype=eye_t.dtype)
         return cls(K.expand(*eye_t.shape[:-1], 3, 3), _look_at_transform(eye_t, forward, up_t), width, height)
 
+    @classmethod
+    def framing(
+        cls,
+        points: Float[Tensor, "*batch n 3"],
+        direction: Vector3 = (1.0, 0.7, 0.5),
+        fov_y: float = 0.785,
+        width: int = 256,
+        height: int = 256,
+    ) -> "Camera":
+        """Camera that looks at `points` from the side that `direction` names; their bounding sphere fills the frame.
+
+        Args:
+            points: ``(*batch, n, 3)`` what to see, in the world [m].
+            direction: ``(3,)`` from the points towards the camera, any length but zero.
+            fov_y: vertical field of view [rad].
+        """
+        low, high = points.amin(dim=-2), points.amax(dim=-2)
+        centre = 0.5 * (low + high)
+        radius = (points - centre[..., None, :]).norm(dim=-1).amax(dim=-1, keepdim=True)
+        side = torch.nn.functional.normalize(torch.as_tensor(direction).to(points), dim=-1)
+        fov_x = 2.0 * math.atan(math.tan(0.5 * fov_y) * width / height)
+        return cls.look_at(centre + radius / math.sin(0.5 * min(fov_x, fov_y)) * side, centre, fov_y, width, height)
+
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """Leading dimensions of the batch, () for a single camera."""

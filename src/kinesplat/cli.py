@@ -114,8 +114,8 @@ def render(
     """
     device_of(common)
     loaded = load_model(model)
-    joints = loaded.tree.q_canonical.float() if q is None else loaded.tree.check_q(torch.tensor(q))
-    view = loaded.framing_camera(joints, size) if camera is None else Camera.from_json(camera)
+    joints = loaded.tree.q_canonical.float() if q is None else torch.tensor(q)
+    view = Camera.framing(loaded.posed(joints).means, width=size, height=size) if camera is None else Camera.from_json(camera)
     loaded.check_camera(joints, view)
     image = loaded.render(joints, view, background, outputs=("rgb", "alpha", "depth", "link_id"))
     written = [write_png(output, image.rgb)]

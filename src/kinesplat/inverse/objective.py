@@ -106,6 +106,10 @@ class PhotometricObjective:
             parts.append((out.alpha - seen.mask).flatten(1) * (math.sqrt(self.alpha_weight) / pixels))
         return torch.cat(parts, dim=1)
 
+    def linearize(self, at: Configurations) -> Linearization:
+        """Loss, gradient and Gauss-Newton Hessian."""
+        return self.linearize_by_differences(at)
+
     def linearize_by_differences(self, at: Configurations, h: float = 1e-3) -> Linearization:
         """Loss, gradient and Gauss-Newton Hessian by central differences of the rendered images.
 

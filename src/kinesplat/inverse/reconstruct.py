@@ -25,6 +25,7 @@ AMBIGUOUS_RATIO = 1.3
 UNEXPLAINED_FAILURE = 0.25
 
 
+@torch.no_grad()
 def reconstruct(
     model: SelfModel,
     images: ImageLike,
@@ -99,7 +100,8 @@ def initial_states(
     q = tree.q_canonical if q_init is None else torch.as_tensor(q_init)
     if q.dim() not in (1, 2):
         raise InputError(f"q_init has shape {tuple(q.shape)}; expected ({tree.dof},) or (starts, {tree.dof})")
-    q = tree.check_q(q.float())
+    q = q.float()
+    tree.coordinates(q)  # raises on a wrong size or NaN
     if q.dim() == 1:
         noise = torch.rand(starts, tree.dof, generator=torch.Generator().manual_seed(seed)) * 2.0 - 1.0
         spread = torch.minimum(tree.q_upper - tree.q_lower, torch.tensor(2.0)).float() * (START_SPREAD_RAD / 2.0)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-_NAMES = ("LICENSE", "LICENCE", "LICENSE.txt", "LICENSE.md", "LICENCE.txt", "LICENCE.md", "COPYING", "LICENSE.rst")
+_NAMES = ("LICENSE*", "LICENCE*", "COPYING*")
 _MARKS = [
     ("Apache-2.0", ("Apache License", "Version 2.0")),
     ("MPL-2.0", ("Mozilla Public License", "2.0")),
@@ -18,15 +18,14 @@ _MARKS = [
 _SHOWN_LINES = 4
 
 
-def licence_beside(path: Path, levels: int = 3) -> str:
+def licence_beside(path: Path, levels: int = 4) -> str:
     """SPDX-like name and first lines of the licence file in the folder of `path` or up to `levels` folders above.
 
     "unknown" when there is none; the name alone is a reading aid, the file is what counts.
     """
     for folder in list(path.resolve().parents)[: levels + 1]:
         for name in _NAMES:
-            file = folder / name
-            if file.is_file():
+            for file in sorted(f for f in folder.glob(name) if f.is_file()):
                 return _summary(file.read_text(errors="replace"))
     return "unknown"
 

@@ -9,6 +9,7 @@ import mujoco_menagerie
 from kinesplat.description.licence import licence_beside
 from kinesplat.description.model import robot_from_model
 from kinesplat.description.robot import Robot
+from kinesplat.description.urdf import spec_of_urdf
 from kinesplat.errors import DescriptionError, unknown
 
 ROBOTS = Path(__file__).parents[1] / "robots"
@@ -86,7 +87,8 @@ def _load_file(path: Path, name: str, source: str) -> Robot:
     if not path.is_file():
         raise DescriptionError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
     if path.suffix.lower() == ".urdf":
-        raise DescriptionError(f"{path}: URDF is not supported yet; valid: {', '.join(MJCF_SUFFIXES)}")
+        spec, warnings = spec_of_urdf(path)
+        return robot_from_model(compiled(spec, str(path)), name, source, licence_beside(path), tuple(warnings))
     if path.suffix.lower() not in MJCF_SUFFIXES:
         raise DescriptionError(f"{path}: unknown kind of file {path.suffix!r}; valid: {', '.join(MJCF_SUFFIXES)}")
     try:

@@ -146,12 +146,13 @@ class KinematicTree:
         try:
             header = json.loads(bytes(tensors["header"].tolist()))
             coupled = {name: tensors[f"couplings.{name}"] for name in _COUPLING_TENSORS}
-            text = {name: tuple(header[name]) for name in ("link_names", "joint_names", "joint_types")}
             tree = cls(
-                **text,
-                **{name: tensors[name] for name in _TENSORS},
+                link_names=tuple(header["link_names"]),
+                joint_names=tuple(header["joint_names"]),
+                joint_types=tuple(header["joint_types"]),
                 base_node=header["base_node"],
                 couplings=Couplings(header["coordinates"], **coupled),
+                **{name: tensors[name] for name in _TENSORS},
             )
         except KeyError as error:
             raise ModelFileError(f"kinematic tree: array {error} is missing") from error

@@ -191,7 +191,7 @@ class _Linkage:
         for entry in candidates:
             rest = [i for i in self.members if i not in (*chosen, entry)]
             decided = np.concatenate([J[:, [*rest, entry]], np.diag(own_rest[[*rest, entry]].astype(float))])
-            if not actuated[entry] and _rank(decided) == len(rest) + 1:
+            if chosen and not actuated[entry] and _rank(decided) == len(rest) + 1:
                 break
             if _rank(J[:, rest]) == rank:
                 chosen.append(entry)

@@ -1,133 +1,75 @@
-"""load_description: from a path, a name or a compiled model to a Robot."""
+"""load_description: from a path, a name, a MuJoCo object, or several of them, to a Robot."""
 
-import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mujoco
-import mujoco_menagerie
 
-from kinesplat.description.licence import licence_beside
+from kinesplat.description.compose import Part, combined, subtree_of
 from kinesplat.description.model import robot_from_model
 from kinesplat.description.robot import Robot
-from kinesplat.description.urdf import spec_of_urdf
-from kinesplat.errors import DescriptionError, unknown
+from kinesplat.description.sources import Loaded, Options, loaded, quiet_mujoco
+from kinesplat.errors import DescriptionError
 
-ROBOTS = Path(__file__).parents[1] / "robots"
-MJCF_SUFFIXES = (".xml", ".mjcf")
-_DEFAULT_FILES = {"shadow_hand": "right_hand.xml", "unitree_g1_37dof_2024": "g1.xml"}
-"""Main file of folders that hold several robots, or that Menagerie's registry does not know."""
+Source = str | Path | mujoco.MjModel | mujoco.MjSpec
 
 
-def load_description(source: str | Path | mujoco.MjModel | mujoco.MjSpec) -> Robot:
-    """Load a robot.
+def load_description(
+    source: Source | Part | Sequence[Source | Part],
+    *,
+    subtree: str | None = None,
+    packages: Mapping[str, str | Path] | None = None,
+    xacro_args: Mapping[str, str] | None = None,
+) -> Robot:
+    """Load a robot. Nothing is written beside the description; meshes that had to be converted are cached.
 
     Args:
-        source: a path to ``.xml`` or ``.mjcf``; the name of a packaged robot ("kinearm") or of a MuJoCo Menagerie
-            robot ("franka_emika_panda", another file of the same robot as "franka_emika_panda/hand"); a compiled
-            ``mujoco.MjModel``, or a ``mujoco.MjSpec``. Menagerie robots come from ``MENAGERIE_ROOT`` when it is set.
+        source: a path to ``.urdf``, ``.xacro``, ``.xml`` or ``.mjcf``; the name of a packaged robot ("kinearm"), of a
+            MuJoCo Menagerie robot ("franka_emika_panda", another file of the same robot as
+            "franka_emika_panda/hand"; from ``MENAGERIE_ROOT`` when it is set) or of a robot_descriptions robot
+            ("panda_description", "panda_mj_description"); a compiled ``mujoco.MjModel``, or a ``mujoco.MjSpec``.
+            A sequence of these, or of `Part`, is one robot made of several: two arms, or an arm and its tool.
+        subtree: load only this link and what hangs on it, standing at the world's origin.
+        packages: folders of ROS packages by name, for ``package://`` and ``$(find ...)``.
+        xacro_args: arguments of a xacro file.
 
     Raises:
-        DescriptionError: the file or name does not exist, or the description is broken; the message says where.
+        DescriptionError: the file or name does not exist, or the description is broken; one line says where.
     """
+    options = Options(packages or {}, xacro_args or {})
     if isinstance(source, mujoco.MjModel):
+        if subtree is not None:
+            raise DescriptionError("a compiled MjModel cannot be taken apart; pass its MjSpec or file")
         return robot_from_model(source, _model_name(source), "<MjModel>", "unknown")
-    if isinstance(source, mujoco.MjSpec):
-        model = compiled(source, "<MjSpec>")
-        return robot_from_model(model, _model_name(model), "<MjSpec>", "unknown")
-    path = Path(source)
-    if _is_path(source, path):
-        return _load_file(path, path.stem, str(path))
-    name, _, variant = str(source).partition("/")
-    file = named_file(name, variant)
-    return _load_file(file, name if not variant else f"{name}/{file.stem}", str(source))
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        if subtree is not None or not source:
+            raise DescriptionError("several descriptions: expected at least one, and `subtree` in a Part")
+        with quiet_mujoco():
+            whole = combined([_loaded_part(part, options) for part in source])
+    elif isinstance(source, Part):
+        with quiet_mujoco():
+            whole = combined([_loaded_part(source, options)])
+    elif subtree is not None:
+        with quiet_mujoco():
+            whole = subtree_of(loaded(source, options), subtree)
+    else:
+        found = loaded(source, options)
+        return robot_from_model(found.compile(), found.name, found.source, found.licence, found.warnings)
+    found = whole.loaded
+    model = found.compile()
+    return robot_from_model(model, found.name, found.source, found.licence, found.warnings, whole.canonical)
 
 
-def names() -> list[str]:
-    """Every name that `load_description` knows without a path; some may need a download."""
-    packaged = [p.name for p in ROBOTS.iterdir() if (p / f"{p.name}.xml").is_file()] if ROBOTS.is_dir() else []
-    return sorted({*packaged, *mujoco_menagerie.names(), *_local_menagerie()})
+def _loaded_part(source: Source | Part, options: Options) -> tuple[Part, Loaded]:
+    part = source if isinstance(source, Part) else Part(_with_spec(source))
+    return part, loaded(part.source, options)
 
 
-def named_file(name: str, variant: str = "") -> Path:
-    """The MJCF file of a robot's name; `variant` picks another file of the same robot, with or without ``.xml``."""
-    folder = ROBOTS / name
-    if not (folder / f"{name}.xml").is_file():
-        folder = _menagerie_folder(name)
-    if not variant:
-        return folder / _default_file(name, folder)
-    files = {p.stem: p for p in sorted(folder.glob("*.xml"))}
-    stem = variant.removesuffix(".xml")
-    if stem not in files:
-        raise DescriptionError(unknown(f"file of robot {name}", variant, files))
-    return files[stem]
-
-
-def compiled(spec: mujoco.MjSpec, source: str) -> mujoco.MjModel:
-    """Compile `spec`, MuJoCo's complaint in one line."""
-    try:
-        return spec.compile()
-    except (ValueError, mujoco.FatalError) as error:
-        raise DescriptionError(f"{source}: {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """Message of an exception without line breaks."""
-    return " ".join(str(error).split())
-
-
-def _is_path(source: str | Path, path: Path) -> bool:
-    if isinstance(source, Path) or path.is_absolute() or path.exists():
-        return True
-    known = str(source).partition("/")[0] in names()
-    return not known and (path.suffix != "" or str(source).startswith((".", "~")))
-
-
-def _load_file(path: Path, name: str, source: str) -> Robot:
-    path = path.expanduser()
-    if not path.is_file():
-        raise DescriptionError(f"{path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
-    if path.suffix.lower() == ".urdf":
-        spec, warnings = spec_of_urdf(path)
-        return robot_from_model(compiled(spec, str(path)), name, source, licence_beside(path), tuple(warnings))
-    if path.suffix.lower() not in MJCF_SUFFIXES:
-        raise DescriptionError(f"{path}: unknown kind of file {path.suffix!r}; valid: {', '.join(MJCF_SUFFIXES)}")
-    try:
-        model = mujoco.MjModel.from_xml_path(str(path))
-    except (ValueError, mujoco.FatalError) as error:
-        raise DescriptionError(f"{path}: {one_line(error)}") from error
-    return robot_from_model(model, name, source, licence_beside(path))
+def _with_spec(source: Source) -> str | Path | mujoco.MjSpec:
+    if isinstance(source, mujoco.MjModel):
+        raise DescriptionError("a compiled MjModel cannot be combined with others; pass its MjSpec or file")
+    return source
 
 
 def _model_name(model: mujoco.MjModel) -> str:
     return model.names[: model.names.index(b"\0")].decode() or "robot"
-
-
-def _local_menagerie() -> list[str]:
-    root = os.environ.get("MENAGERIE_ROOT")
-    if not root or not Path(root).is_dir():
-        return []
-    return [p.name for p in Path(root).iterdir() if any(p.glob("*.xml"))]
-
-
-def _menagerie_folder(name: str) -> Path:
-    if name in _local_menagerie():
-        return Path(os.environ["MENAGERIE_ROOT"]) / name
-    if name not in mujoco_menagerie.names():
-        raise DescriptionError(unknown("robot", name, names()))
-    try:
-        return mujoco_menagerie.get(name).path()
-    except mujoco_menagerie.MenagerieError as error:
-        raise DescriptionError(f"robot {name}: {one_line(error)}") from error
-
-
-def _default_file(name: str, folder: Path) -> str:
-    if name in _DEFAULT_FILES:
-        return _DEFAULT_FILES[name]
-    if name in mujoco_menagerie.names():
-        robot = mujoco_menagerie.get(name)
-        file = robot.entry(robot.default_model).file
-        if (folder / file).is_file():
-            return file
-    files = sorted(p.name for p in folder.glob("*.xml") if "scene" not in p.stem and "keyframe" not in p.stem)
-    preferred = [f"{name}.xml", "robot.xml", f"{name.split('_')[-1]}.xml"]
-    return next((f for f in preferred if f in files), files[0])

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt8
 from platformdirs import user_cache_path
 
-FORMAT = b"kinesplat mesh pieces 1"
+FORMAT = b"kinesplat mesh pieces 3"
 _ARRAYS = ("vertices", "faces", "normals", "uv", "texture", "rgba", "face_colors")
 
 

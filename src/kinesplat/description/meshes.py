@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ MAX_TEXTURE = 1024
 
 _BESIDE = {".mtl", ".bin", ".png", ".jpg", ".jpeg", ".bmp", ".tga", ".tif", ".tiff", ".webp", ".gif"}
 _LEVELS_UP = 3
+_DAE_INSTANCE = re.compile(rb"<instance_geometry\b[^>]*?\burl=\"#([^\"]+)\"")
+_DAE_TEXTURE = re.compile(rb"<texture\b[^>]*?(?:/>|>.*?</texture>)", re.DOTALL)
+_DAE_SAMPLER = re.compile(rb"<newparam\b[^>]*>\s*<(?:surface|sampler2D)\b.*?</newparam>", re.DOTALL)
+_DAE_GREY = b"<color>0.7 0.7 0.7 1</color>"
 _LOADER_ERRORS = (
     ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, NotImplementedError, EOFError,
     OSError, SyntaxError, ArithmeticError, RuntimeError, struct.error, MemoryError, Image.DecompressionBombError,
@@ -41,10 +46,7 @@ def load_pieces(path: Path) -> Pieces:
         raise DescriptionError(f"{path}: unknown kind of mesh {path.suffix!r}; valid: {', '.join(SUFFIXES)}")
     content = _content(path)
     beside = _FilesBeside(path)
-    pieces = cached_pieces(content, suffix, lambda: _read(path, content, suffix, beside), beside.digest)
-    if not pieces.pieces:
-        raise DescriptionError(f"{path}: the mesh has no triangle")
-    return pieces
+    return cached_pieces(content, suffix, lambda: _read(path, content, suffix, beside), beside.digest)
 
 
 def load_texture(path: Path) -> np.ndarray:
@@ -75,16 +77,41 @@ def _content(path: Path) -> bytes:
 def _read(path: Path, content: bytes, suffix: str, beside: "_FilesBeside") -> Pieces:
     if suffix == ".dae" and (b"<!DOCTYPE" in content or b"<!ENTITY" in content or b"\0" in content[:64]):
         raise DescriptionError(f"{path}: XML with a document type, entities or a two-byte encoding is refused")
+    lost: list[str] = []
     try:
-        scene = trimesh.load_scene(io.BytesIO(content), file_type=suffix[1:], resolver=beside, process=suffix == ".stl")
+        scene = _scene(content, suffix, beside)
+        if suffix == ".dae" and (lost := _lost_geometries(content, scene)):
+            plain = _DAE_TEXTURE.sub(_DAE_GREY, _DAE_SAMPLER.sub(b"", content))
+            scene = _scene(plain, suffix, beside)
+            lost = _lost_geometries(content, scene) or ["textures"]
         pieces = tuple(_pieces_of(scene, suffix))
     except _LOADER_ERRORS as error:
         raise DescriptionError(f"{path}: broken {suffix[1:].upper()} mesh ({_one_line(error)})") from error
+    if not pieces:
+        raise DescriptionError(f"{path}: the mesh has no triangle")
     for piece in pieces:
         if not np.isfinite(piece.vertices).all():
             raise DescriptionError(f"{path}: a vertex is NaN or infinite")
     missing = [f"{path.name} refers to {name!r}, which is missing" for name, d in beside.used.items() if d is None]
-    return Pieces(pieces, dict(beside.used), tuple(missing))
+    broken = [f"{path.name} has broken references; left out: {', '.join(lost)}"] if lost else []
+    return Pieces(pieces, dict(beside.used), (*missing, *broken))
+
+
+def _scene(content: bytes, suffix: str, beside: "_FilesBeside") -> trimesh.Scene:
+    return trimesh.load_scene(io.BytesIO(content), file_type=suffix[1:], resolver=beside, process=suffix == ".stl")
+
+
+def _lost_geometries(content: bytes, scene: trimesh.Scene) -> list[str]:
+    """Instanced geometries that the DAE reader dropped, which it does when a material of theirs is broken."""
+    wanted = {name.decode(errors="replace") for name in _DAE_INSTANCE.findall(content)}
+    empty = {name for name in wanted if not _has_triangles(content, name)}
+    return sorted(w for w in wanted - empty if not any(g == w or g.startswith(f"{w}_") for g in scene.geometry))
+
+
+def _has_triangles(content: bytes, geometry: str) -> bool:
+    start = content.find(f'id="{geometry}"'.encode())
+    end = content.find(b"</geometry>", max(start, 0))
+    return start >= 0 and re.search(rb"<(triangles|polylist|polygons)[\s>]", content[start:end]) is not None
 
 
 class _FilesBeside(Resolver):
@@ -136,7 +163,8 @@ def _pieces_of(scene: trimesh.Scene, suffix: str) -> Iterator[Piece]:
 
 def _piece(mesh: trimesh.Trimesh, T: np.ndarray, suffix: str) -> Piece:
     unmerged = suffix != ".stl" and len(mesh.vertices) == 3 * len(mesh.faces)
-    if unmerged and mesh.visual.kind not in ("vertex", "face"):
+    appearance: Any = mesh.visual
+    if unmerged and appearance.kind not in ("vertex", "face"):
         mesh.merge_vertices()
     mirrored = np.linalg.det(T[:3, :3]) < 0
     faces = np.asarray(mesh.faces, dtype=np.int32)
@@ -165,7 +193,8 @@ def _unit(mesh: trimesh.Trimesh) -> float:
 
 def _appearance(mesh: trimesh.Trimesh, suffix: str) -> tuple[Any, Any, Any, Any]:
     """(uv, texture, rgba, face_colors) of a mesh, None where the file says nothing."""
-    visual, encode = mesh.visual, _srgb if suffix in (".gltf", ".glb") else np.asarray
+    visual: Any = mesh.visual
+    encode = _srgb if suffix in (".gltf", ".glb") else np.asarray
     if visual.kind in ("vertex", "face"):
         colours = encode(visual.face_colors[:, :3] / 255.0)
         return None, None, None, np.round(255.0 * colours).astype(np.uint8)

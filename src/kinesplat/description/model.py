@@ -1,9 +1,12 @@
 """Robot of a compiled MuJoCo model: the one way in for every kind of description."""
 
 import copy
+from collections.abc import Mapping
+from dataclasses import replace
 
 import mujoco
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,9 +17,16 @@ from kinesplat.kinematics import BALL
 
 
 def robot_from_model(
-    model: mujoco.MjModel, name: str, source: str, licence: str, warnings: tuple[str, ...] = ()
+    model: mujoco.MjModel,
+    name: str,
+    source: str,
+    licence: str,
+    warnings: tuple[str, ...] = (),
+    canonical: Mapping[str, float] | None = None,
 ) -> Robot:
     """Kinematics and surfaces of `model`, which stays as it is.
+
+    `canonical` gives the home configuration by joint name [rad or m] where the model's keyframes do not.
 
     Raises:
         DescriptionError: the model has no body, or its joint equalities contradict each other.
@@ -26,9 +36,13 @@ def robot_from_model(
     model.geom_group[:] = HIDDEN_GROUP
     model.geom_group[geoms] = VISUAL_GROUP
     kinematics = tree_of(model)
+    tree = kinematics.tree
+    if canonical is not None:
+        home = [canonical.get(n, float(q)) for n, q in zip(tree.joint_names, tree.q_canonical, strict=True)]
+        tree = replace(tree, q_canonical=tree.clamp(torch.tensor(home, dtype=torch.float64)))
     return Robot(
         name=name,
-        tree=kinematics.tree,
+        tree=tree,
         link_meshes=tuple(link_mesh(model, g) for g in geoms),
         licence=licence,
         source=source,

@@ -1,7 +1,7 @@
 """The parts of a URDF that matter here, checked: links, joints, materials, visuals."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from xml.etree.ElementTree import Element
 
 import numpy as np
@@ -183,13 +183,7 @@ class _Reader:
         where, kind = f"joint {name!r}", element.get("type", "")
         if kind not in JOINT_TYPES:
             raise self.fail(where, unknown("joint type", kind, JOINT_TYPES))
-        ends = []
-        for end in ("parent", "child"):
-            found = element.find(end)
-            link = "" if found is None else found.get("link", "")
-            if link not in links:
-                raise self.fail(where, unknown(f"{end} link", link, links))
-            ends.append(link)
+        parent, child = (self.end(element, end, where, links) for end in ("parent", "child"))
         axis = np.array([1.0, 0.0, 0.0])
         if (found := element.find("axis")) is not None and kind in ("revolute", "continuous", "prismatic", "planar"):
             axis = self.numbers(found.get("xyz"), f"{where} <axis xyz>", 3)
@@ -197,7 +191,15 @@ class _Reader:
                 raise self.fail(where, "axis has no direction (0 0 0)")
         T = self.origin(element, where)
         limits = self.limits(element, where, kind)
-        return Joint(name, kind, *ends, T, axis / np.linalg.norm(axis), limits, self.mimic(element, where))
+        return Joint(name, kind, parent, child, T, axis / np.linalg.norm(axis), limits, self.mimic(element, where))
+
+    def end(self, element: Element, end: str, where: str, links: Mapping[str, object]) -> str:
+        """The link at the joint's ``<parent>`` or ``<child>``."""
+        found = element.find(end)
+        link = "" if found is None else found.get("link", "")
+        if link not in links:
+            raise self.fail(where, unknown(f"{end} link", link, links))
+        return link
 
     def limits(self, element: Element, where: str, kind: str) -> tuple[float, float] | None:
         if kind not in ("revolute", "prismatic"):
@@ -228,13 +230,15 @@ class _Reader:
         )
         return mimic.get("joint", ""), multiplier, offset
 
-    def check_mimics(self, joints: Mapping[str, Joint]) -> None:
+    def check_mimics(self, joints: dict[str, Joint]) -> None:
         moving = {n: j for n, j in joints.items() if j.kind in ("revolute", "continuous", "prismatic")}
-        for name, joint in joints.items():
+        for name, joint in list(joints.items()):
             if joint.mimic is None:
                 continue
             if name not in moving:
-                raise self.fail(f"joint {name!r}", f"a {joint.kind} joint cannot mimic another")
+                self.warnings.append(f"joint {name!r} is {joint.kind}; its <mimic> means nothing")
+                joints[name] = replace(joint, mimic=None)
+                continue
             if joint.mimic[0] not in moving:
                 raise self.fail(f"joint {name!r}", unknown("mimicked joint", joint.mimic[0], moving))
 

@@ -1,4 +1,5 @@
-"""Differentiable Gaussian splatting: `rasterize` for splats in the world, `rasterize_links` for splats on links."""
+"""Differentiable Gaussian splatting: `rasterize` for splats in the world, `rasterize_links` for splats on links,
+`normal_equations` for Gauss-Newton on them."""
 
 from collections.abc import Sequence
 from importlib import import_module
@@ -10,9 +11,10 @@ from torch import Tensor
 from kinesplat.camera import Camera
 from kinesplat.errors import BackendError, InputError, unknown
 from kinesplat.gaussians import Gaussians
+from kinesplat.rasterizer.gauss_newton import NormalEquations, normal_equations
 from kinesplat.rasterizer.render import OUTPUTS, Background, Render, Scene, make_scene
 
-__all__ = ["BACKENDS", "OUTPUTS", "Render", "rasterize", "rasterize_links"]
+__all__ = ["BACKENDS", "OUTPUTS", "NormalEquations", "Render", "normal_equations", "rasterize", "rasterize_links"]
 
 BACKENDS = ("cpu", "reference")
 DEFAULT_OUTPUTS = ("rgb", "alpha", "depth")

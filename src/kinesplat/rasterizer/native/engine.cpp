@@ -154,6 +154,34 @@ void for_tiles(const Scene &s, const Options &options, const TileWork &work) {
     });
 }
 
+// Adds the tiles' sums in tile order into the dense matrices of one image.
+void add_normal_sums(const Scene &s, const ImageFrame &frame, int image, int runs, const NormalEquations &out) {
+    size_t rows = 6 * static_cast<size_t>(s.links), at = static_cast<size_t>(image);
+    double *gradient = out.gradient + at * rows, *hessian = out.hessian + at * rows * rows;
+    std::fill_n(gradient, rows, 0.0);
+    std::fill_n(hessian, rows * rows, 0.0);
+    out.loss[image] = 0;
+    for (int run = 0; run < runs; ++run)
+        for (size_t i = 0; i < frame.normal_sums[run].count; ++i) {
+            const NormalItem &item = frame.normal_sums[run].items[i];
+            if (item.a < 0) {
+                out.loss[image] += item.value[0];
+                continue;
+            }
+            size_t a = 6 * static_cast<size_t>(item.a), b = 6 * static_cast<size_t>(item.b);
+            for (size_t j = 0; j < (item.b < 0 ? 6 : 36); ++j) {
+                if (item.b < 0) {
+                    gradient[a + j] += item.value[j];
+                } else {
+                    bool diagonal = a == b && j / 6 == j % 6, below = a == b && j / 6 > j % 6;
+                    if (below) continue;
+                    hessian[(a + j / 6) * rows + b + j % 6] += item.value[j];
+                    if (!diagonal) hessian[(b + j % 6) * rows + a + j / 6] += item.value[j];
+                }
+            }
+        }
+}
+
 }  // namespace
 
 size_t chunk_count(const Scene &s) { return (static_cast<size_t>(s.n) + kSplatChunk - 1) / kSplatChunk; }
@@ -170,7 +198,8 @@ size_t Frame::bytes() const {
     for (const ImageFrame &f : images) {
         total += f.records.bytes() + f.culls.bytes() + f.chunk_visible.bytes() + f.keys.bytes() +
                  f.spare_keys.bytes() + f.slot_begin.bytes() + f.slot_count.bytes() + f.tile_begin.bytes() +
-                 f.entries.bytes() + f.coverage.bytes() + f.block_counts.bytes() + f.slots.bytes();
+                 f.entries.bytes() + f.coverage.bytes() + f.block_counts.bytes() + f.slots.bytes() + f.poses.bytes();
+        for (const NormalSums &n : f.normal_sums) total += n.items.bytes();
         for (const Bin &b : f.bins) total += b.candidates.bytes() + b.tile_counts.bytes();
     }
     return total;
@@ -249,6 +278,21 @@ std::string find_bad_input(const Scene &s, const Options &options) {
         const float *q = s.quats + 4 * i;
         if (q[0] == 0 && q[1] == 0 && q[2] == 0 && q[3] == 0) return "gaussians.quats contains a quaternion of length zero";
     }
+    return {};
+}
+
+std::string find_bad_target(const Target &t, size_t pixels, const Options &options) {
+    const struct {
+        const char *name;
+        const float *values;
+        size_t count;
+    } named[] = {{"target rgb", t.rgb, 3 * pixels},
+                 {"target alpha", t.alpha, pixels},
+                 {"rgb_weight", t.rgb_weight, pixels},
+                 {"alpha_weight", t.alpha_weight, pixels}};
+    for (const auto &input : named)
+        if (input.values && !options.kernels->all_finite(input.values, input.count))
+            return std::string(input.name) + " contains NaN or infinity";
     return {};
 }
 
@@ -343,6 +387,31 @@ void backward(const Scene &s, const Options &options, Frame &frame, const ImageG
             std::fill_n(T + 12, 4, 0.0);
         }
     }
+}
+
+void normal_equations(const Scene &s, const Options &options, Frame &frame, const Target &target,
+                      const NormalEquations &out) {
+    prepare(s, options, frame);
+    const Kernels &k = *options.kernels;
+    int chunks = static_cast<int>(chunk_count(s));
+    for (ImageFrame &f : frame.images) f.poses.ensure(static_cast<size_t>(s.n) + 16);
+    for_units(options, s.images * chunks, [&](int unit, int) {
+        int image = unit / chunks, chunk = unit % chunks;
+        ImageFrame &f = frame.images[image];
+        uint32_t begin = static_cast<uint32_t>(chunk * kSplatChunk);
+        k.pose_records(s, f, image, begin, begin + f.chunk_visible[chunk], f.poses.data());
+    });
+    int runs = (s.tiles() + kTileRun - 1) / kTileRun;
+    for (ImageFrame &f : frame.images)
+        if (f.normal_sums.size() < static_cast<size_t>(runs)) f.normal_sums.resize(runs);
+    for_units(options, s.images * runs, [&](int unit, int thread) {
+        int image = unit / runs, run = unit % runs;
+        NormalSums &sums = frame.images[image].normal_sums[run];
+        sums.count = 0;
+        for (int tile = run * kTileRun; tile < std::min((run + 1) * kTileRun, s.tiles()); ++tile)
+            k.normal_tile(s, frame.images[image], image, tile, scratch_of(thread), target, sums);
+    });
+    for_units(options, s.images, [&](int image, int) { add_normal_sums(s, frame.images[image], image, runs, out); });
 }
 
 }  // namespace kinesplat

@@ -37,6 +37,16 @@ void forward(const Scene &, const Options &, Frame &, const Images &);
 // Gradients are added per splat where `Gradients` has a buffer (which the caller zeroed) and written per image.
 void backward(const Scene &, const Options &, Frame &, const ImageGradients &, const Gradients &);
 
+// The same for a target of `pixels` pixels in all.
+std::string find_bad_target(const Target &, size_t pixels, const Options &);
+
+struct NormalEquations {  // every one written whole
+    double *loss = nullptr;      // (images)
+    double *gradient = nullptr;  // (images, links * 6): J^T W r
+    double *hessian = nullptr;   // (images, links * 6, links * 6): J^T W J
+};
+void normal_equations(const Scene &, const Options &, Frame &, const Target &, const NormalEquations &);
+
 // Per-thread scratch of the calling thread's pool slot.
 Scratch &scratch_of(int thread);
 size_t chunk_count(const Scene &);

@@ -4,8 +4,7 @@
 #include <chrono>
 
 #include "project.inl.h"
-#include "splat_backward.inl.h"
-#include "blend.inl.h"
+#include "normal.inl.h"
 
 namespace {
 
@@ -49,7 +48,7 @@ namespace kinesplat {
 #define KS_STRING_(x) #x
 #define KS_STRING(x) KS_STRING_(x)
 
-extern const Kernels KS_TABLE = {KS_STRING(KS_LEVEL), project,         bin_run,    forward_tile, backward_tile,
-                                 backward_splats,     all_finite,      fma_peak};
+extern const Kernels KS_TABLE = {KS_STRING(KS_LEVEL), project,      bin_run,     forward_tile, backward_tile,
+                                 backward_splats,     pose_records, normal_tile, all_finite,   fma_peak};
 
 }  // namespace kinesplat

@@ -21,6 +21,9 @@ struct Kernels {
     // Slots of the records of one chunk to parameter gradients (added) and pose sums (added).
     void (*backward_splats)(const Scene &, const ImageFrame &, int image, uint32_t begin, uint32_t end,
                             const Gradients &, const PoseSums &);
+    // Normal equations: twist derivatives of records [begin, end), and the sums of one tile, appended.
+    void (*pose_records)(const Scene &, const ImageFrame &, int image, uint32_t begin, uint32_t end, PoseRecord *);
+    void (*normal_tile)(const Scene &, ImageFrame &, int image, int tile, Scratch &, const Target &, NormalSums &);
     bool (*all_finite)(const float *, size_t count);
     double (*fma_peak)(double seconds);  // measured multiply-adds per second times 2, this thread
 };

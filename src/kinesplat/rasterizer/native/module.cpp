@@ -153,6 +153,36 @@ void run_backward(const PyScene &py, PyFrame &frame, Array<const float> v_rgb, A
     backward(s, options, *frame.frame, in, out);
 }
 
+struct PyTarget {
+    Array<const float> rgb, alpha, rgb_weight, alpha_weight;
+    Array<const int32_t> target_of_image;
+};
+
+std::string run_normal_equations(const PyScene &py, const PyTarget &t, Array<double> loss, Array<double> gradient,
+                          Array<double> hessian, int threads, const std::string &level) {
+    const Scene &s = py.scene;
+    if (s.link_weights) throw nb::value_error("normal equations need one link per splat");
+    size_t images = static_cast<size_t>(s.images), h = static_cast<size_t>(s.height), w = static_cast<size_t>(s.width);
+    size_t rows = 6 * static_cast<size_t>(s.links), targets = t.rgb.ndim() ? t.rgb.shape(0) : 0;
+    Target target;
+    target.rgb = checked(t.rgb, "target rgb", {targets, h, w, 3});
+    target.alpha = checked(t.alpha, "target alpha", {targets, h, w});
+    target.rgb_weight = checked(t.rgb_weight, "rgb weights", {targets, h, w});
+    target.alpha_weight = checked(t.alpha_weight, "alpha weights", {targets, h, w});
+    target.target_of_image = checked(t.target_of_image, "target_of_image", {images});
+    for (size_t i = 0; i < images; ++i)
+        if (target.target_of_image[i] < 0 || static_cast<size_t>(target.target_of_image[i]) >= targets)
+            throw nb::value_error("target_of_image points outside the targets");
+    NormalEquations out{checked(loss, "loss", {images}), checked(gradient, "gradient", {images, rows}),
+                        checked(hessian, "hessian", {images, rows, rows})};
+    Options options{&kernels_named(level), threads};
+    FramePtr frame = take_frame(s.images);
+    nb::gil_scoped_release release;
+    std::string problem = find_bad_target(target, targets * h * w, options);
+    if (problem.empty()) normal_equations(s, options, *frame, target, out);
+    return problem;
+}
+
 std::vector<std::string> level_names() {
     std::vector<std::string> names;
     for (const Kernels *k : available_kernels()) names.emplace_back(k->name);
@@ -186,6 +216,14 @@ NB_MODULE(_native, m) {
     m.def("backward", &run_backward, nb::arg("scene"), nb::arg("frame"), nb::arg("v_rgb").none(),
           nb::arg("v_alpha").none(), nb::arg("v_depth").none(), nb::arg("depth").none(), nb::arg("gradients"),
           nb::arg("threads"));
+    nb::class_<PyTarget>(m, "Target")
+        .def(nb::init<Array<const float>, Array<const float>, Array<const float>, Array<const float>,
+                      Array<const int32_t>>(),
+             nb::arg("rgb"), nb::arg("alpha").none(), nb::arg("rgb_weight").none(), nb::arg("alpha_weight").none(),
+             nb::arg("target_of_image"));
+    m.def("normal_equations", &run_normal_equations, nb::arg("scene"), nb::arg("target"), nb::arg("loss"),
+          nb::arg("gradient"), nb::arg("hessian"), nb::arg("threads"), nb::arg("level"),
+          "Fills loss, gradient and hessian; returns what was wrong with the target, else an empty string.");
     m.def("levels", &level_names, "SIMD levels that this machine can run, best first.");
     m.def("fma_peak", [](const std::string &level, double seconds) {
         const Kernels &k = kernels_named(level);

@@ -116,6 +116,30 @@ struct alignas(64) Slot {
     float sum[16];
 };
 
+// Derivatives of one splat with respect to the twist [v; w] of its link in the camera frame.
+struct alignas(64) PoseRecord {
+    float sigma[6][5];   // d(sigma)/d(twist) = a0 u + a1 v + a2 u^2 + a3 u v + a4 v^2
+    float color[3][3];   // d(colour)/d(v)
+    float unused[9];     // to 48 floats
+    int32_t link;
+};
+
+struct Target {  // what the normal equations compare the images with; all but rgb may be null
+    const float *rgb = nullptr;           // (targets, height, width, 3)
+    const float *alpha = nullptr;         // (targets, height, width)
+    const float *rgb_weight = nullptr, *alpha_weight = nullptr;  // (targets, height, width)
+    const int32_t *target_of_image = nullptr;
+};
+
+struct NormalItem {  // a pair of links and its 6x6 block; b < 0: gradient of link a; a < 0: loss
+    int32_t a, b;
+    double value[36];
+};
+struct NormalSums {
+    Buffer<NormalItem> items;
+    size_t count = 0;
+};
+
 struct Bin {  // candidates of a run of depth-sorted splats, and how many fall into each tile
     Buffer<Candidate> candidates;
     Buffer<uint32_t> tile_counts;
@@ -134,6 +158,8 @@ struct ImageFrame {
     Buffer<float> coverage;        // sum of weights, (tiles, blocks, 16); only with depth
     Buffer<uint32_t> block_counts; // list entries processed, (tiles, blocks)
     Buffer<Slot> slots;
+    Buffer<PoseRecord> poses;      // only for normal equations
+    std::vector<NormalSums> normal_sums;  // per run of tiles
     uint32_t visible = 0, slot_total = 0;
 };
 
@@ -152,7 +178,8 @@ struct Scratch {  // per thread
     Buffer<int32_t> list;
     Buffer<float> alpha, weight;
     Buffer<Slot> sums;
-    Buffer<double> rows;
+    Buffer<float> slopes, rows, pairs, gradient;  // normal equations
+    Buffer<int32_t> links, link_of_entry, pair_of, members, member_counts, present;
 };
 
 constexpr int kSplatChunk = 512;

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt8
 from platformdirs import user_cache_path
 
-FORMAT = b"kinesplat mesh pieces 3"
+FORMAT = b"kinesplat mesh pieces 4"
 _ARRAYS = ("vertices", "faces", "normals", "uv", "texture", "rgba", "face_colors")
 
 
@@ -49,11 +49,13 @@ class Pieces:
         pieces: one per material and object.
         beside: names of further files that it refers to, with the SHA-256 of each, None where it is missing.
         warnings: what could not be read.
+        y_up: whether a DAE file says that y points up, which is ignored.
     """
 
     pieces: tuple[Piece, ...]
     beside: dict[str, str | None] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    y_up: bool = False
 
 
 def cache_folder() -> Path:
@@ -86,7 +88,7 @@ def _save(entry: Path, pieces: Pieces) -> None:
         for name in _ARRAYS
         if (value := getattr(piece, name)) is not None
     }
-    header = {"count": len(pieces.pieces), "beside": pieces.beside, "warnings": pieces.warnings}
+    header = {"count": len(pieces.pieces), "beside": pieces.beside, "warnings": pieces.warnings, "y_up": pieces.y_up}
     entry.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=entry.parent, suffix=".part")
     try:
@@ -106,6 +108,6 @@ def _load(entry: Path) -> Pieces | None:
                 Piece(**{name: arrays[f"{name}_{i}"] for name in _ARRAYS if f"{name}_{i}" in arrays})
                 for i in range(header["count"])
             )
-            return Pieces(pieces, header["beside"], tuple(header["warnings"]))
+            return Pieces(pieces, header["beside"], tuple(header["warnings"]), header["y_up"])
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None

@@ -94,7 +94,8 @@ def _read(path: Path, content: bytes, suffix: str, beside: "_FilesBeside") -> Pi
             raise DescriptionError(f"{path}: a vertex is NaN or infinite")
     missing = [f"{path.name} refers to {name!r}, which is missing" for name, d in beside.used.items() if d is None]
     broken = [f"{path.name} has broken references; left out: {', '.join(lost)}"] if lost else []
-    return Pieces(pieces, dict(beside.used), (*missing, *broken))
+    y_up = suffix == ".dae" and b"<up_axis>Y_UP" in content
+    return Pieces(pieces, dict(beside.used), (*missing, *broken), y_up)
 
 
 def _scene(content: bytes, suffix: str, beside: "_FilesBeside") -> trimesh.Scene:

@@ -58,6 +58,7 @@ class _Builder:
         self.warnings: list[str] = []
         self._pieces: dict[tuple[str, tuple[float, ...]], list[tuple[str, Piece]]] = {}
         self._textures: dict[str, str] = {}
+        self._turned: list[str] = []
 
     def build(self) -> None:
         children: dict[str, list[Joint]] = {}
@@ -78,6 +79,9 @@ class _Builder:
         for joint in self.urdf.joints:
             if joint.mimic is not None:
                 self._add_mimic(joint.name, *joint.mimic)
+        if self._turned:
+            few = ", ".join(sorted(set(self._turned))[:3])
+            self.warnings.append(f"DAE files that say Y_UP are read as RViz reads them, not turned: {few} ...")
 
     def _body(self, parent: mujoco.MjsBody, name: str, T: np.ndarray) -> mujoco.MjsBody:
         quat = Rotation.from_matrix(T[:3, :3]).as_quat(scalar_first=True)
@@ -165,6 +169,7 @@ class _Builder:
             return self._pieces[key]
         loaded = load_pieces(file)
         self.warnings += loaded.warnings
+        self._turned += [file.name] if loaded.y_up else []
         self._pieces[key] = named = []
         for piece in loaded.pieces:
             scaled = _scaled(piece, visual.sizes)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,7 @@ from kinesplat.rasterizer import DEFAULT_OUTPUTS, WHITE, Render, rasterize_links
 from kinesplat.rasterizer.render import Background
 from kinesplat.skinning import pose_gaussians
 from kinesplat.surface.merging import merge_splats
-from kinesplat.surface.patches import SPREAD
+from kinesplat.surface.patches import OVERLAP
 
 if TYPE_CHECKING:
     import kinesplat.description
@@ -49,7 +49,7 @@ class SelfModel:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_description(cls, robot: "kinesplat.description.Robot", n: int = 10_000, seed: int = 0) -> Self:
+    def from_description(cls, robot: "kinesplat.description.Robot", n: int = 10_000, seed: int = 0) -> "SelfModel":
         """A self-model without any training: flat splats over the visible surface of the robot's meshes.
 
         Args:
@@ -146,7 +146,7 @@ class SelfModel:
             which = f"camera {index}" if len(centres) > 1 else "the camera"
             raise InputError(f"{which} at ({place}) m is {where}; nothing sensible can be seen from there")
 
-    def subsample(self, n: int, seed: int = 0) -> Self:
+    def subsample(self, n: int, seed: int = 0) -> "SelfModel":
         """A coarser model of at most `n` splats: neighbours of one link and one facing are merged.
 
         Raises:
@@ -157,7 +157,7 @@ class SelfModel:
         parameters, link_index = merge_splats(self.parameters, self.link_index, len(self.tree.link_names), n, seed)
         return replace(self, parameters=parameters, link_index=link_index)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "SelfModel":
         """The same model with its splats on another device or in another dtype; the tree answers in q's."""
         parameters = self.parameters.to(device, dtype)
         return replace(self, parameters=parameters, link_index=self.link_index.to(device))
@@ -180,7 +180,7 @@ class SelfModel:
         write_model_file(path, {**splats, **tree, "link_index": self.link_index.to(torch.int16)}, header)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> "SelfModel":
         """Read a model, in float32; needs neither the description nor MuJoCo.
 
         Raises:
@@ -220,7 +220,7 @@ def _winding_numbers(
     posed = pose_gaussians(gaussians, link_index, Ts_world_link)
     w, x, y, z = posed.quats.unbind(-1)
     normals = torch.stack([2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)], dim=-1)
-    areas = math.pi * (2.0 / SPREAD) ** 2 * posed.scales[..., 0] * posed.scales[..., 1]
+    areas = math.pi * (2.0 / OVERLAP) ** 2 * posed.scales[..., 0] * posed.scales[..., 1]
     offsets = posed.means - points[:, None]
     distances = offsets.norm(dim=-1).clamp(min=1e-9)
     solid_angles = areas * (offsets * normals).sum(dim=-1) / distances**3

@@ -12,7 +12,7 @@ from kinesplat.gaussians import Parameters
 from kinesplat.rasterizer.spherical_harmonics import SH_C0
 from kinesplat.surface.patches import (
     NORMAL_SPREAD,
-    SPREAD,
+    OVERLAP,
     Members,
     cut_into_patches,
     patches_to_parameters,
@@ -54,12 +54,12 @@ def _merge(splats: Parameters, count: int, rng: np.random.Generator) -> Paramete
     gaussians = splats.activate()
     means, scales, opacities = (t.numpy() for t in (gaussians.means, gaussians.scales, gaussians.opacities))
     axes = Rotation.from_quat(gaussians.quats.numpy(), scalar_first=True).as_matrix()
-    areas = np.pi * (2.0 / SPREAD) ** 2 * scales[:, 0] * scales[:, 1]
-    flat = scales / np.array([SPREAD, SPREAD, NORMAL_SPREAD])
+    areas = np.pi * (2.0 / OVERLAP) ** 2 * scales[:, 0] * scales[:, 1]
     radius = float(np.sqrt(areas.sum() / (np.pi * count)))
-    label = cut_into_patches(means, axes[:, :, 2], radius, count, rng)
+    partition = cut_into_patches(means, axes[:, :, 2], radius, count, rng)
+    flat = scales / np.array([OVERLAP, OVERLAP, NORMAL_SPREAD])
+    covariances = np.einsum("nij,nj,nkj->nik", axes, flat**2, axes)
     sh = gaussians.sh.numpy().copy()
     sh[:, 0] += 0.5 / SH_C0
-    covariances = np.einsum("nij,nj,nkj->nik", axes, flat**2, axes)
     members = Members(means, axes[:, :, 2], areas * opacities, sh, covariances)
-    return patches_to_parameters(members, label, count, radius).to(dtype=torch.float64)
+    return patches_to_parameters(members, partition).to(dtype=torch.float64)

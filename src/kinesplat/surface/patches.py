@@ -1,4 +1,4 @@
-"""Cut a link's surface into patches of about equal area and give each patch the Gaussian of its own moments."""
+"""Cut a link's surface into patches of about equal area and give each patch a Gaussian of moments."""
 
 from dataclasses import dataclass
 
@@ -14,18 +14,43 @@ from kinesplat.rasterizer.spherical_harmonics import SH_C0, sh_basis
 from kinesplat.surface.points import SurfacePoints
 
 OPACITY = 0.999
-SPREAD = 2.2
-"""Standard deviation of a splat over that of its patch: half opacity at the rim of a disc needs 1.7."""
+REACH = 2.8
+"""Radius of the neighbourhood whose moments a splat takes, in patch radii."""
+SPREAD = 0.76
+"""Standard deviation of a splat over that of its neighbourhood."""
+OVERLAP = SPREAD * REACH
+"""The same over that of the patch alone, away from edges."""
 NORMAL_SPREAD = 0.7
+"""Standard deviation along the normal over that of the patch."""
 THICKNESS = 0.05
 """Least standard deviation along the normal, in patch radii."""
 NORMAL_WEIGHT = 1.0
 """Distance between opposite normals in the metric of the partition, in patch radii."""
 LLOYD_ITERATIONS = 3
 START_CANDIDATES = 5
-PRIOR_POINTS = 2.0
+NEIGHBOURS = 10
+PRIOR_MEMBERS = 2.0
 AMBIENT, DIFFUSE = 0.5, 0.5
 """The headlight of the data sets."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Patches of a link, and who is near them.
+
+    Attributes:
+        count: number of patches.
+        radius: typical radius of a patch [m].
+        label: ``(m,)`` patch of each member.
+        near_member: ``(p,)`` and ...
+        near_patch: ``(p,)`` all pairs of a member and a patch within `REACH` radii of each other.
+    """
+
+    count: int
+    radius: float
+    label: Int[np.ndarray, " m"]
+    near_member: Int[np.ndarray, " p"]
+    near_patch: Int[np.ndarray, " p"]
 
 
 def share_among_links(weight: Float[np.ndarray, " links"], n: int) -> Int[np.ndarray, " links"]:
@@ -45,16 +70,16 @@ def share_among_links(weight: Float[np.ndarray, " links"], n: int) -> Int[np.nda
 
 
 def cut_into_patches(
-    positions: Float[np.ndarray, "n 3"],
-    facing: Float[np.ndarray, "n 3"],
+    positions: Float[np.ndarray, "m 3"],
+    facing: Float[np.ndarray, "m 3"],
     radius: float,
     count: int,
     rng: np.random.Generator,
-) -> Int[np.ndarray, " n"]:
-    """Label each point of one link with one of `count` patches of about `radius` [m].
+) -> Partition:
+    """Cut members of one link into `count` patches of about `radius` [m].
 
-    A centroidal Voronoi partition in position and normal (Lloyd from farthest points), so that a patch reaches neither
-    over a sharp edge nor through a thin plate.
+    A centroidal Voronoi partition in position and normal (Lloyd from farthest points), so that a patch, and its
+    neighbourhood, reach neither over a sharp edge nor through a thin plate.
     """
     features = np.concatenate([positions, 0.5 * NORMAL_WEIGHT * radius * facing], axis=1)
     centres = _farthest_points(features, count, rng)
@@ -62,9 +87,11 @@ def cut_into_patches(
         label = KDTree(centres).query(features, workers=-1)[1]
         mass = np.bincount(label, minlength=count)
         sums = np.stack([np.bincount(label, column, minlength=count) for column in features.T], axis=-1)
-        means = sums / np.maximum(mass, 1)[:, None]
-        centres = np.where(mass[:, None] > 0, means, centres)
-    return KDTree(centres).query(features, workers=-1)[1]
+        centres = np.where(mass[:, None] > 0, sums / np.maximum(mass, 1)[:, None], centres)
+    nearest = np.arange(min(NEIGHBOURS, count)) + 1
+    distance, patch = KDTree(centres).query(features, k=nearest, workers=-1)
+    member, rank = np.nonzero((distance < REACH * radius) | (nearest == 1))
+    return Partition(count, radius, patch[:, 0], member, patch[member, rank])
 
 
 def _farthest_points(
@@ -103,51 +130,63 @@ class Members:
     covariances: Float[np.ndarray, "m 3 3"] | None = None
 
 
-def patches_to_parameters(members: Members, label: Int[np.ndarray, " m"], count: int, radius: float) -> Parameters:
-    """Gaussians with the means and (widened) covariances of patches, and the mean of their members' colour.
+def patches_to_parameters(members: Members, partition: Partition) -> Parameters:
+    """One Gaussian a patch: shape from the moments of the patch's neighbourhood, colour and normal from the patch.
 
-    Args:
-        members: of one link.
-        label: ``(m,)`` patch of each member.
-        count: number of patches; one without a member becomes a transparent dot on the first member.
-        radius: of a patch, the scale of small regularisers [m].
+    A neighbourhood is clipped where the surface ends or turns, so near an edge its mean moves inwards and its
+    covariance shrinks across the edge: the Gaussian hardly sticks out. A patch without a member becomes a transparent
+    dot on the first member.
     """
-    number = np.bincount(label, minlength=count)
-    mass = np.maximum(np.bincount(label, members.areas, minlength=count), 1e-30)
-
-    def average(values: Float[np.ndarray, "m *rest"]) -> Float[np.ndarray, "count *rest"]:
-        tail = [1] * (values.ndim - 1)
-        flat = (values * members.areas.reshape(-1, *tail)).reshape(len(values), -1)
-        sums = np.stack([np.bincount(label, column, minlength=count) for column in flat.T], axis=-1)
-        return sums.reshape(count, *values.shape[1:]) / mass.reshape(-1, *tail)
-
-    means = average(members.positions)
-    means[number == 0] = members.positions[0]
-    spread = _outer(members.positions - means[label])
-    covariance = average(spread if members.covariances is None else spread + members.covariances)
-    axes = _patch_axes(covariance, average(_outer(members.facing)), average(members.facing), radius)
-    sh = average(members.sh)
+    own = _Average(partition.label, members.areas, partition.count)
+    near = _Average(partition.near_patch, members.areas[partition.near_member], partition.count)
+    empty = np.bincount(partition.label, minlength=partition.count) == 0
+    means = near(members.positions[partition.near_member])
+    spread = _outer(members.positions[partition.near_member] - means[partition.near_patch])
+    if members.covariances is not None:
+        spread += members.covariances[partition.near_member]
+    covariance = near(spread)
+    axes = _patch_axes(covariance, own(_outer(members.facing)), own(members.facing), partition.radius)
+    height = np.einsum(
+        "mi,mi->m", members.positions - own(members.positions)[partition.label], axes[partition.label, :, 2]
+    )
+    scales = _patch_scales(covariance, axes, own(height**2), partition)
+    means[empty] = members.positions[0]
+    sh = own(members.sh)
     sh[:, 0] -= 0.5 / SH_C0
-    opacity = np.where(number > 0, OPACITY, 1e-3)
+    opacity = np.where(empty, 1e-3, OPACITY)
     quats = Rotation.from_matrix(axes).as_quat(scalar_first=True)
-    scales = _patch_scales(covariance, axes, number, radius)
     tensors = (means, quats, np.log(scales), np.log(opacity / (1.0 - opacity)), sh)
     return Parameters(*(torch.from_numpy(np.ascontiguousarray(t)).float() for t in tensors))
+
+
+@dataclass(frozen=True)
+class _Average:
+    """Weighted mean of rows by group; zero for an empty group."""
+
+    group: Int[np.ndarray, " m"]
+    weights: Float[np.ndarray, " m"]
+    count: int
+
+    def __call__(self, values: Float[np.ndarray, "m *rest"]) -> Float[np.ndarray, "count *rest"]:
+        mass = np.maximum(np.bincount(self.group, self.weights, minlength=self.count), 1e-30)
+        columns = values.reshape(len(values), -1).T
+        sums = np.stack([np.bincount(self.group, self.weights * c, minlength=self.count) for c in columns], axis=-1)
+        return (sums / mass[:, None]).reshape(self.count, *values.shape[1:])
 
 
 def _patch_scales(
     covariance: Float[np.ndarray, "n 3 3"],
     axes: Float[np.ndarray, "n 3 3"],
-    number: Int[np.ndarray, " n"],
-    radius: float,
+    height_variance: Float[np.ndarray, " n"],
+    partition: Partition,
 ) -> Float[np.ndarray, "n 3"]:
-    """Standard deviations along the axes; patches of very few points lean towards a disc of the usual radius."""
-    variance = np.maximum(np.einsum("nij,nik,nkj->nj", axes, covariance, axes), 0.0)
-    disc = np.array([0.25, 0.25, 0.0]) * radius**2
-    variance = (number[:, None] * variance + PRIOR_POINTS * disc) / (number[:, None] + PRIOR_POINTS)
-    scales = np.array([SPREAD, SPREAD, NORMAL_SPREAD]) * np.sqrt(variance)
-    scales[:, 2] = np.maximum(scales[:, 2], THICKNESS * radius)
-    return scales
+    """Standard deviations along the axes; neighbourhoods of few members lean towards a disc of the usual size."""
+    variance = np.einsum("nij,nik,nkj->nj", axes[:, :, :2], covariance, axes[:, :, :2])
+    number = np.bincount(partition.near_patch, minlength=partition.count)[:, None]
+    disc = (0.5 * REACH * partition.radius) ** 2
+    variance = (number * np.maximum(variance, 0.0) + PRIOR_MEMBERS * disc) / (number + PRIOR_MEMBERS)
+    normal = np.maximum(NORMAL_SPREAD * np.sqrt(height_variance), THICKNESS * partition.radius)
+    return np.concatenate([SPREAD * np.sqrt(variance), normal[:, None]], axis=1)
 
 
 def headlight_shading(points: SurfacePoints) -> Float[np.ndarray, "n 9 3"]:

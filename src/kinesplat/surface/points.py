@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -31,11 +30,11 @@ class SurfacePoints:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def select(self, index: np.ndarray) -> Self:
+    def select(self, index: np.ndarray) -> "SurfacePoints":
         """The points that a mask or index array picks."""
         return type(self)(*(getattr(self, f.name)[index] for f in fields(self)))
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Self]) -> Self:
+    def concatenate(cls, parts: Sequence["SurfacePoints"]) -> "SurfacePoints":
         """All points of `parts`, in order."""
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))

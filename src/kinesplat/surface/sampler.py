@@ -26,7 +26,7 @@ from kinesplat.surface.patches import (
 )
 from kinesplat.surface.visibility import seen_from_outside
 
-POINTS_PER_SPLAT = 24
+POINTS_PER_SPLAT = 16
 LEAST_POINTS = 200_000
 AREA_EXPONENT = 0.8
 """Below 1, small links (fingers, say) get finer splats than large ones."""
@@ -59,8 +59,8 @@ def sample_surface(
     for link in np.flatnonzero(counts):
         members, count = points.select(points.link == link), int(counts[link])
         radius = float(np.sqrt(members.area.sum() / (np.pi * count)))
-        label = cut_into_patches(members.positions, members.facing, radius, count, rng)
-        of_patches = Members(members.positions, members.facing, members.area, headlight_shading(members))
-        parts.append(patches_to_parameters(of_patches, label, count, radius))
+        partition = cut_into_patches(members.positions, members.facing, radius, count, rng)
+        shaded = Members(members.positions, members.facing, members.area, headlight_shading(members))
+        parts.append(patches_to_parameters(shaded, partition))
     parameters = Parameters(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Parameters)))
     return parameters, torch.from_numpy(np.repeat(np.arange(len(counts)), counts))

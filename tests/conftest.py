@@ -8,6 +8,9 @@ import jaxtyping
 import pytest
 import torch
 
+from kinesplat import zoo
+from kinesplat.self_model import SelfModel
+
 SHARED = Path(os.environ.get("KINESPLAT_SHARED", Path(__file__).parents[2] / "shared"))
 
 
@@ -30,3 +33,9 @@ def unchecked_types() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def kinearm() -> SelfModel:
+    """The packaged self-model of the project's own arm."""
+    return zoo.load("kinearm")

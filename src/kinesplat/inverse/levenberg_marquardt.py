@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,6 +24,7 @@ class Linearization:
     hessian: Float[Tensor, "batch p p"]
 
 
+@runtime_checkable
 class State(Protocol):
     """A batch of points that the solver can step, pick from and merge."""
 

@@ -11,8 +11,9 @@ from kinesplat.camera import Camera
 from kinesplat.inverse.levenberg_marquardt import Linearization
 from kinesplat.inverse.observation import Observation
 from kinesplat.kinematics import KinematicTree
+from kinesplat.rasterizer import normal_equations
 from kinesplat.self_model import SelfModel
-from kinesplat.twists import exp_twist
+from kinesplat.twists import adjoint, exp_twist
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,43 @@ class PhotometricObjective:
         return torch.cat(parts, dim=1)
 
     def linearize(self, at: Configurations) -> Linearization:
-        """Loss, gradient and Gauss-Newton Hessian."""
-        return self.linearize_by_differences(at)
+        """Loss, gradient and Gauss-Newton Hessian, exact, without a dense Jacobian."""
+        seen, splats, tree = self.observation, self.model.parameters.activate(), at.tree
+        camera = Camera(seen.camera.K, at.T_cam_world, seen.camera.width, seen.camera.height)
+        equations = normal_equations(
+            splats,
+            self.model.link_index,
+            tree.forward_kinematics(at.q)[:, None],
+            camera,
+            seen.rgb,
+            alpha=seen.mask,
+            rgb_weight=torch.full_like(seen.rgb[..., 0], self.colour_weight),
+            alpha_weight=None if seen.mask is None else torch.full_like(seen.mask, self.alpha_weight),
+            background=seen.background,
+            eps2d=self.model.eps2d,
+        ).contract(self._twists_per_variable(at))
+        pixels = seen.rgb[..., 0].numel()
+        return Linearization(
+            (equations.loss.sum(dim=1) / pixels).to(at.q.dtype),
+            (equations.gradient.sum(dim=1) / pixels).to(at.q.dtype),
+            (equations.hessian.sum(dim=1) / pixels).to(at.q.dtype),
+        )
+
+    def _twists_per_variable(self, at: Configurations) -> Float[Tensor, "batch views links6 p"]:
+        """Camera-frame twist of every link for a unit of every variable, link by link along the third axis."""
+        joints = adjoint(at.T_cam_world)[:, :, None] @ at.tree.link_jacobian(at.q)[:, None]
+        batch, views, links = joints.shape[:3]
+        joints = joints.flatten(2, 3)
+        if not at.camera_free:
+            return joints
+        own = torch.eye(views)[:, :, None, None] * torch.eye(6).repeat(links, 1)[None, None]
+        cameras = own.permute(0, 2, 1, 3).reshape(views, links * 6, views * 6).to(joints)
+        return torch.cat([joints, cameras.expand(batch, -1, -1, -1)], dim=-1)
 
     def linearize_by_differences(self, at: Configurations, h: float = 1e-3) -> Linearization:
-        """Loss, gradient and Gauss-Newton Hessian by central differences of the rendered images.
+        """The same by central differences of the rendered images, ``2 p + 1`` per view; `h` is the step [rad]/[m].
 
-        Works with every backend; takes ``2 p + 1`` images per view. `h` is the step [rad]/[m].
+        Independent of `normal_equations`, so it serves as its oracle.
         """
         p = at.tree.dof + (6 * at.T_cam_world.shape[1] if at.camera_free else 0)
         steps = torch.eye(p, dtype=at.q.dtype, device=at.q.device) * h

@@ -1,7 +1,7 @@
 """From pixels to joints (and camera): several starts, coarse to fine, Levenberg-Marquardt at every image size."""
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Integer
@@ -16,10 +16,33 @@ from kinesplat.inverse.observation import ImageLike, Observation
 from kinesplat.inverse.result import FitResult, Hypothesis, covariance_of
 from kinesplat.self_model import SelfModel
 
-LEVELS_PX = (32, 64, 128, 256)
-SURVIVORS = (1.0, 0.5, 0.25, 0.25)
-COARSE_SPLATS = 3_000
-START_SPREAD_RAD = 0.3
+
+@dataclass(frozen=True)
+class Level:
+    """One image size of the coarse-to-fine search.
+
+    Attributes:
+        px: longer image side [px].
+        splats: size of the model that is rendered.
+        iterations: Levenberg-Marquardt steps at most.
+        kept: share of the starts that enter this level.
+    """
+
+    px: int
+    splats: int
+    iterations: int
+    kept: float
+
+
+LEVELS = (
+    Level(32, 1_000, 12, 1.0),
+    Level(64, 3_000, 12, 0.5),
+    Level(128, 3_000, 10, 0.25),
+    Level(256, 1_000_000, 10, 0.125),
+)
+SCREENED = 1_024
+SCREEN_CHUNK = 256
+START_SPREAD_RAD = 0.45
 DISTINCT_RAD = 0.1
 AMBIGUOUS_RATIO = 1.3
 UNEXPLAINED_FAILURE = 0.25
@@ -35,14 +58,14 @@ def reconstruct(
     masks: ImageLike | None = None,
     q_init: Float[Tensor, "*starts dof"] | None = None,
     optimize_camera: bool = False,
-    starts: int = 8,
+    starts: int = 16,
     seed: int = 0,
     progress: bool = False,
 ) -> FitResult:
     """Recover the configuration (and, on request, the cameras) that explains the images (paper, eq. 8).
 
-    Starts from `q_init` and from `starts - 1` random neighbours within 0.3 rad of it, and sharpens the survivors from
-    32 px up to 256 px along the longer image side. Joint limits are respected.
+    Looks at `q_init` and a thousand random neighbours within 0.45 rad of it at 32 px, takes the best of them as starts,
+    and sharpens the survivors up to 256 px along the longer image side. Joint limits are respected.
 
     Args:
         model: self-model of the robot.
@@ -51,9 +74,10 @@ def reconstruct(
         K: ``(3, 3)`` intrinsics [px] that replace those of `camera`.
         masks: ``(height, width)`` or ``(views, height, width)``, 1 on the robot. Without masks the background must be
             of one colour.
-        q_init: ``(dof,)`` start, or ``(starts, dof)`` several [rad]/[m]; default: the canonical configuration.
+        q_init: ``(dof,)`` start, or ``(m, dof)`` several, which get no neighbours [rad]/[m]; default: the canonical
+            configuration.
         optimize_camera: also move every camera, six numbers a view.
-        starts: number of starts when `q_init` is one configuration.
+        starts: number of starts that are optimised; with 1, `q_init` gets no neighbours.
         seed: of the random neighbours.
         progress: show a progress bar on the terminal.
 
@@ -62,21 +86,23 @@ def reconstruct(
     """
     began = time.perf_counter()
     observation = Observation.create(images, masks, _checked_camera(camera, K))
+    long_side = max(observation.rgb.shape[1:3])
+    levels = [level for level in LEVELS if level.px <= long_side] or [replace(LEVELS[-1], px=long_side)]
     state = initial_states(model, observation, q_init, starts, seed, optimize_camera)
     model.check_camera(state.q[0], observation.camera)
-    levels = [px for px in LEVELS_PX if px <= max(observation.rgb.shape[1:3])] or [max(observation.rgb.shape[1:3])]
     solutions: list[Solution[Configurations]] = []
     parents: list[Tensor] = []
-    coarse = model.subsample(COARSE_SPLATS)
     with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("reconstruct", total=len(levels))
-        for px, fraction in zip(levels, SURVIVORS, strict=False):
-            if solutions:
-                parents.append(survivors(solutions[-1], max(2, round(starts * fraction))))
+        task = bar.add_task("screening starts", total=len(levels))
+        for level in levels:
+            objective = PhotometricObjective(model.subsample(level.splats), observation.resized(level.px))
+            if not solutions:
+                state = screened(objective, state, starts)
+            else:
+                parents.append(survivors(solutions[-1], max(2, round(starts * level.kept))))
                 state = solutions[-1].state.select(parents[-1])
-            bar.update(task, description=f"{px} px, {len(state.q)} starts")
-            objective = PhotometricObjective(model if px == levels[-1] else coarse, observation.resized(px))
-            solutions.append(levenberg_marquardt(objective.linearize, state, iterations=20 if px < 256 else 12))
+            bar.update(task, description=f"{level.px} px, {len(state.q)} starts")
+            solutions.append(levenberg_marquardt(objective.linearize, state, iterations=level.iterations))
             bar.advance(task)
     return _result(objective, solutions, parents, time.perf_counter() - began)
 
@@ -89,7 +115,7 @@ def initial_states(
     seed: int,
     camera_free: bool,
 ) -> Configurations:
-    """The starting configurations: those given, or one and its random neighbours.
+    """The configurations to screen: those given, or one and its random neighbours within 0.45 rad.
 
     Raises:
         InputError: `starts` is below 1, or `q_init` has the wrong size or holds NaN.
@@ -98,17 +124,27 @@ def initial_states(
         raise InputError(f"starts is {starts}; expected at least 1")
     tree = model.tree
     q = tree.q_canonical if q_init is None else torch.as_tensor(q_init)
-    if q.dim() not in (1, 2):
+    if q.dim() not in (1, 2) or not len(q):
         raise InputError(f"q_init has shape {tuple(q.shape)}; expected ({tree.dof},) or (starts, {tree.dof})")
     q = q.float()
     tree.coordinates(q)  # raises on a wrong size or NaN
     if q.dim() == 1:
-        noise = torch.rand(starts, tree.dof, generator=torch.Generator().manual_seed(seed)) * 2.0 - 1.0
-        spread = torch.minimum(tree.q_upper - tree.q_lower, torch.tensor(2.0)).float() * (START_SPREAD_RAD / 2.0)
+        noise = torch.rand(SCREENED if starts > 1 else 1, tree.dof, generator=torch.Generator().manual_seed(seed))
+        noise = 2.0 * noise - 1.0
         noise[0] = 0.0
-        q = q + noise * spread
+        q = q + noise * START_SPREAD_RAD * torch.minimum(0.5 * (tree.q_upper - tree.q_lower), torch.tensor(1.0)).float()
     T = observation.camera.T_cam_world.expand(len(q), -1, 4, 4)
     return Configurations(tree, tree.clamp(q), T, camera_free)
+
+
+def screened(objective: PhotometricObjective, state: Configurations, count: int) -> Configurations:
+    """The first configuration and the best of the others by their loss, `count` in all."""
+    if len(state.q) <= count:
+        return state
+    chunks = torch.arange(len(state.q)).split(SCREEN_CHUNK)
+    losses = torch.cat([objective.residuals(state.select(c)).square().sum(dim=1) for c in chunks])
+    losses[0] = -1.0
+    return state.select(losses.argsort()[:count])
 
 
 def survivors(solution: Solution[Configurations], count: int) -> Integer[Tensor, " kept"]:

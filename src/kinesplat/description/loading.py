@@ -54,10 +54,16 @@ def load_description(
             whole = subtree_of(loaded(source, options), subtree)
     else:
         found = loaded(source, options)
-        return robot_from_model(found.compile(), found.name, found.source, found.licence, found.warnings)
-    found = whole.loaded
+        return _robot(found, None)
+    return _robot(whole.loaded, whole.canonical)
+
+
+def _robot(found: Loaded, canonical: Mapping[str, float] | None) -> Robot:
     model = found.compile()
-    return robot_from_model(model, found.name, found.source, found.licence, found.warnings, whole.canonical)
+    try:
+        return robot_from_model(model, found.name, found.source, found.licence, found.warnings, canonical)
+    except DescriptionError as error:
+        raise DescriptionError(f"{found.source}: {error}") from error
 
 
 def _loaded_part(source: Source | Part, options: Options) -> tuple[Part, Loaded]:

@@ -102,7 +102,7 @@ def _save(entry: Path, pieces: Pieces) -> None:
 def _load(entry: Path) -> Pieces | None:
     """The entry's content; None when there is none or it is broken."""
     try:
-        with np.load(entry, allow_pickle=False) as arrays:
+        with entry.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
             pieces = tuple(
                 Piece(**{name: arrays[f"{name}_{i}"] for name in _ARRAYS if f"{name}_{i}" in arrays})

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import collada
 import numpy as np
 import trimesh
 from PIL import Image
@@ -29,7 +30,8 @@ _DAE_SAMPLER = re.compile(rb"<newparam\b[^>]*>\s*<(?:surface|sampler2D)\b.*?</ne
 _DAE_GREY = b"<color>0.7 0.7 0.7 1</color>"
 _LOADER_ERRORS = (
     ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, NotImplementedError, EOFError,
-    OSError, SyntaxError, ArithmeticError, RuntimeError, struct.error, MemoryError, Image.DecompressionBombError,
+    OSError, SyntaxError, ArithmeticError, RuntimeError, struct.error, MemoryError,
+    Image.DecompressionBombError, collada.DaeError,
 )  # fmt: skip
 
 
@@ -84,11 +86,12 @@ def _read(path: Path, content: bytes, suffix: str, beside: "_FilesBeside") -> Pi
             plain = _DAE_TEXTURE.sub(_DAE_GREY, _DAE_SAMPLER.sub(b"", content))
             scene = _scene(plain, suffix, beside)
             lost = _lost_geometries(content, scene) or ["textures"]
-        pieces = tuple(_pieces_of(scene, suffix))
+        with np.errstate(invalid="ignore"):
+            pieces = tuple(_pieces_of(scene, suffix))
     except _LOADER_ERRORS as error:
         raise DescriptionError(f"{path}: broken {suffix[1:].upper()} mesh ({_one_line(error)})") from error
     if not pieces:
-        raise DescriptionError(f"{path}: the mesh has no triangle")
+        raise DescriptionError(f"{path}: no triangle could be read; the mesh is empty or broken")
     for piece in pieces:
         if not np.isfinite(piece.vertices).all():
             raise DescriptionError(f"{path}: a vertex is NaN or infinite")

@@ -14,6 +14,7 @@ JOINT_TYPES = ("revolute", "continuous", "prismatic", "fixed", "floating", "plan
 SHAPES = ("mesh", "box", "cylinder", "sphere", "capsule")
 MAX_METRES = 1000.0
 MAX_LINKS = 5000
+MAX_DEPTH = 1000
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,12 @@ class _Reader:
                 continue
             if joint.mimic[0] not in moving:
                 raise self.fail(f"joint {name!r}", unknown("mimicked joint", joint.mimic[0], moving))
+        for name in joints:
+            chain = [name]
+            while (mimic := joints[chain[-1]].mimic) is not None:
+                if mimic[0] in chain:
+                    raise self.fail(f"joint {name!r}", f"mimics itself: {' -> '.join([*chain, mimic[0]])}")
+                chain.append(mimic[0])
 
     def root(self, links: Mapping[str, object], joints: Iterable[Joint]) -> str:
         """The only link without a parent, once all joints form one tree."""
@@ -255,9 +262,11 @@ class _Reader:
         children: dict[str, list[str]] = {}
         for joint in parent.values():
             children.setdefault(joint.parent, []).append(joint.child)
-        while level:
+        for _ in range(MAX_DEPTH):
             level = [child for link in level for child in children.get(link, [])]
             reached |= set(level)
+        if level:
+            raise self.fail(f"link {level[0]!r}", f"hangs more than {MAX_DEPTH} joints away from the root")
         if circle := [name for name in links if name not in reached]:
             raise self.fail(f"link {circle[0]!r}", "hangs in a circle of joints; a URDF is a tree")
         if len(roots) > 1:

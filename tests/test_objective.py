@@ -64,7 +64,7 @@ def test_hessian_is_the_slope_of_the_gradient_where_the_residual_vanishes(model:
         ahead, behind = objective.linearize(at.retract(delta)), objective.linearize(at.retract(-delta))
         slope = 0.5 * (ahead.gradient - behind.gradient)[0]
         expected = hessian @ delta[0]
-        assert ((slope - expected) / scale).abs().max() < 0.1 * (expected / scale).abs().max()
+        assert ((slope - expected) / scale).abs().max() < 0.2 * (expected / scale).abs().max()
 
 
 def test_differences_and_exact_linearization_agree_but_for_cut_off_tails(model: SelfModel) -> None:

@@ -29,9 +29,12 @@ NORMAL_WEIGHT = 1.0
 LLOYD_ITERATIONS = 3
 START_CANDIDATES = 5
 NEIGHBOURS = 10
+LEAST_ALIKE = 0.5
+"""Cosine between normals below which a member does not count as near a patch."""
 PRIOR_MEMBERS = 2.0
 AMBIENT, DIFFUSE = 0.5, 0.5
 """The headlight of the data sets."""
+BACK_WEIGHT = 0.15
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Partition:
         radius: typical radius of a patch [m].
         label: ``(m,)`` patch of each member.
         near_member: ``(p,)`` and ...
-        near_patch: ``(p,)`` all pairs of a member and a patch within `REACH` radii of each other.
+        near_patch: ``(p,)`` all pairs of a member and a patch within `REACH` radii and of similar normals.
     """
 
     count: int
@@ -90,7 +93,9 @@ def cut_into_patches(
         centres = np.where(mass[:, None] > 0, sums / np.maximum(mass, 1)[:, None], centres)
     nearest = np.arange(min(NEIGHBOURS, count)) + 1
     distance, patch = KDTree(centres).query(features, k=nearest, workers=-1)
-    member, rank = np.nonzero((distance < REACH * radius) | (nearest == 1))
+    normal = centres[:, 3:] / np.maximum(np.linalg.norm(centres[:, 3:], axis=-1, keepdims=True), 1e-30)
+    alike = np.einsum("mi,mki->mk", facing, normal[patch]) > LEAST_ALIKE
+    member, rank = np.nonzero(((distance < REACH * radius) & alike) | (nearest == 1))
     return Partition(count, radius, patch[:, 0], member, patch[member, rank])
 
 
@@ -193,22 +198,26 @@ def headlight_shading(points: SurfacePoints) -> Float[np.ndarray, "n 9 3"]:
     """Spherical harmonics (degree 2, without the 0.5 offset) of what a camera with a headlight sees of each point.
 
     With t the cosine between the normal and the direction to the camera, the colour is albedo times
-    ``AMBIENT + DIFFUSE max(0, t)``. Over the visible half that is linear in t. A function of t alone is zonal: by the
-    addition theorem the coefficient of ``P_l(t)`` times ``4 pi / (2 l + 1) Y_lm(normal)`` are its coefficients.
+    ``AMBIENT + DIFFUSE t`` on the visible side. A function of t alone is zonal: by the addition theorem, the
+    coefficient of ``P_l(t)`` times ``4 pi / (2 l + 1) Y_lm(normal)`` are its coefficients.
     """
-    a, b, c = _shading_polynomial()
+    a, b, c = shading_polynomial()
     zonal = np.array([a + c / 3.0] + [-b] * 3 + [2.0 * c / 3.0] * 5)  # -b: the basis takes directions to the point
     zonal *= 4.0 * np.pi / np.array([1.0] + [3.0] * 3 + [5.0] * 5)
     basis = sh_basis(torch.from_numpy(points.normals), degree=2).numpy()
     return (zonal * basis)[:, :, None] * points.albedo[:, None, :]
 
 
-def _shading_polynomial() -> tuple[float, float, float]:
-    """a + b t + c t^2 nearest to the shading over t in [-0.3, 1]: splats at a limb are seen slightly from behind."""
-    t = np.linspace(-0.3, 1.0, 131)
-    target = AMBIENT + DIFFUSE * np.maximum(0.0, t)
-    weight = np.where(t > 0.0, 1.0, 0.2)
+def shading_polynomial() -> tuple[float, float, float]:
+    """a + b t + c t^2 nearest to the shading of the visible side, with a little weight on its mirror image behind.
+
+    The back of a splat shows through the gaps between the splats in front of it; there it should look like them (the
+    straight line alone would make it black, which costs 1 dB).
+    """
+    t = np.linspace(-1.0, 1.0, 201)
+    weight = np.where(t > 0.0, 1.0, BACK_WEIGHT)
     design = np.stack([np.ones_like(t), t, t * t], axis=-1)
+    target = AMBIENT + DIFFUSE * np.abs(t)
     a, b, c = np.linalg.lstsq(design * weight[:, None], target * weight, rcond=None)[0]
     return float(a), float(b), float(c)
 

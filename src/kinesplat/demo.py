@@ -132,9 +132,9 @@ def joint_error(model: SelfModel, q: Float[Tensor, " dof"], q_true: Float[Tensor
 
 def camera_error(camera: Camera, truth: Camera) -> tuple[float, float]:
     """Distance between the camera centres [m] and angle between the orientations [deg]."""
-    T = camera.T_world_cam.reshape(4, 4) @ truth.T_cam_world
+    T = camera.T_world_cam @ truth.T_cam_world
     angle = math.acos(max(-1.0, min(1.0, (T[:3, :3].trace().item() - 1.0) / 2.0)))
-    centres = camera.T_world_cam.reshape(4, 4)[:3, 3] - truth.T_world_cam[:3, 3]
+    centres = camera.T_world_cam[:3, 3] - truth.T_world_cam[:3, 3]
     return centres.norm().item(), math.degrees(angle)
 
 

@@ -197,6 +197,7 @@ def distinct_hypotheses(solution: Solution[Configurations], camera: Camera) -> t
         q = solution.state.q[i]
         if all((h.q - q).abs().max() > DISTINCT_RAD for h in found):
             view = replace(camera, T_cam_world=solution.state.T_cam_world[i])
+            view = view if len(camera.K) > 1 else replace(view, K=view.K[0], T_cam_world=view.T_cam_world[0])
             found.append(Hypothesis(q, view, solution.linearization.loss[i].item()))
     return tuple(found)
 
@@ -214,7 +215,7 @@ def winning_path(
     return tuple(torch.cat(losses).tolist()), torch.cat(path), tuple(lengths.tolist())
 
 
-def _verdict(objective: PhotometricObjective, hypotheses: list[Hypothesis]) -> str:
+def _verdict(objective: PhotometricObjective, hypotheses: tuple[Hypothesis, ...]) -> str:
     if hypotheses[0].loss > UNEXPLAINED_FAILURE * objective.empty_loss:
         return "failed"
     if len(hypotheses) > 1 and hypotheses[1].loss < AMBIGUOUS_RATIO * hypotheses[0].loss:

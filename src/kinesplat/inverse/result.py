@@ -28,7 +28,7 @@ class FitResult:
 
     Attributes:
         q: ``(dof,)`` the best configuration [rad]/[m].
-        camera: the camera(s) of the views, the given one unless it was optimised.
+        camera: the camera of the view, or a batch of one per view; the given one unless it was optimised.
         loss_history: loss of the best start after each iteration, over all image sizes in turn (mean squared residual;
             values of different image sizes are not comparable).
         level_starts: index into `loss_history` at which each image size begins.

@@ -1,0 +1,139 @@
+"""The command line as a user meets it: files written, exit status, one line per mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kinesplat.camera import Camera
+from kinesplat.files import read_image, read_mask, write_png
+from kinesplat.self_model import SelfModel
+
+
+def kinesplat(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from kinesplat.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, check=False)
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def photo(kinearm: SelfModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with photo.png, mask.png and camera.json of the arm near its canonical configuration."""
+    folder = tmp_path_factory.mktemp("photo")
+    q = kinearm.tree.clamp(kinearm.tree.q_canonical.float() + 0.1)
+    camera = Camera.framing(kinearm.posed(q).means)
+    out = kinearm.render(q, camera)
+    assert out.alpha is not None
+    write_png(folder / "photo.png", out.rgb)
+    write_png(folder / "mask.png", out.alpha)
+    (folder / "camera.json").write_text(json.dumps(camera.to_json()))
+    (folder / "q.json").write_text(json.dumps(q.tolist()))
+    return folder
+
+
+def test_build_then_render_writes_pictures_that_agree(tmp_path: Path) -> None:
+    built = kinesplat(
+        "build", "kinearm", "-o", tmp_path / "arm.safetensors", "--n", "2000", "--json", tmp_path / "b.json"
+    )
+    assert built.returncode == 0, built.stderr
+    assert "wrote" in built.stdout
+    assert json.loads((tmp_path / "b.json").read_text())["gaussians"] == 2000
+    rendered = kinesplat(
+        "render", tmp_path / "arm.safetensors", "-o", tmp_path / "arm.png", "--size", "128",
+        "--q", *["0.1"] * 5, "-0.2", "0.01", "--mask", "--depth", "--link-id", "--json", tmp_path / "r.json",
+    )  # fmt: skip
+    assert rendered.returncode == 0, rendered.stderr
+    rgb, mask = read_image(tmp_path / "arm.png"), read_mask(tmp_path / "arm_mask.png")
+    depth = np.array(Image.open(tmp_path / "arm_depth.png"))
+    assert rgb.shape == (128, 128, 3)
+    assert 0.03 < mask.mean() < 0.9
+    assert (rgb[mask == 0] == 1).all()
+    assert ((depth > 0) == (mask.numpy() > 0))[mask.numpy() > 0.1].all()
+    assert read_image(tmp_path / "arm_link_id.png").reshape(-1, 3).unique(dim=0).shape[0] > 4
+    assert len(json.loads((tmp_path / "r.json").read_text())["files"]) == 4
+
+
+def test_reconstruct_finds_the_joints_and_shows_them(photo: Path, tmp_path: Path) -> None:
+    result = kinesplat(
+        "reconstruct", "kinearm", photo / "photo.png", "--camera", photo / "camera.json", "--mask", photo / "mask.png",
+        "-o", tmp_path / "fit", "--json", tmp_path / "fit.json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    fit = json.loads((tmp_path / "fit.json").read_text())
+    error = torch.tensor(fit["q"]) - torch.tensor(json.loads((photo / "q.json").read_text()))
+    assert error.abs().max() < 0.02
+    assert json.loads((tmp_path / "fit" / "fit.json").read_text()) == fit
+    for kind in ("target", "start", "fit", "overlay", "error"):
+        assert read_image(tmp_path / "fit" / f"0_photo_{kind}.png").shape == (256, 256, 3)
+    assert (tmp_path / "fit" / "0_photo_film.gif").stat().st_size > 1000
+
+
+def test_models_lists_the_packaged_ones_and_their_joints() -> None:
+    listed = kinesplat("models")
+    assert listed.returncode == 0
+    assert "franka_emika_panda" in listed.stdout
+    joints = kinesplat("models", "kinearm")
+    assert "wrist_roll" in joints.stdout
+
+
+@pytest.mark.parametrize("command", ["demo", "build", "render", "reconstruct", "models"])
+def test_every_command_explains_itself(command: str) -> None:
+    result = kinesplat(command, "--help")
+    assert result.returncode == 0
+    for option in ("--device", "--seed", "--json"):
+        assert option in result.stdout
+
+
+def test_bad_usage_and_input_end_with_status_2_and_leave_nothing(photo: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.safetensors"
+    assert kinesplat("build", "kinearm", "-o", broken, "--n", "500").returncode == 0
+    broken.write_bytes(broken.read_bytes()[:3000])
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "bad.xml").write_text("<mujoco><body></mujoco>")
+    camera, picture = photo / "camera.json", photo / "photo.png"
+    cases: list[tuple[tuple[str | Path, ...], str]] = [
+        (("render", "kinearmm", "-o", "x.png"), "kinearm"),
+        (("render", tmp_path / "none.safetensors", "-o", "x.png"), "none.safetensors"),
+        (("render", broken, "-o", "x.png"), "broken.safetensors"),
+        (("render", "kinearm", "-o", "x.png", "--q", "0.1", "0.2"), "7 joints"),
+        (("render", "kinearm", "-o", "x.png", "--q", *["nan"] * 7), "nan"),
+        (("render", "kinearm", "-o", "x.png", "--camera", tmp_path / "bad.json"), "bad.json"),
+        (("render", "kinearm", "-o", "nowhere/x.png"), "nowhere"),
+        (("build", "no_such_robot_at_all", "-o", "x.safetensors"), "no_such_robot_at_all"),
+        (("build", tmp_path / "bad.xml", "-o", "x.safetensors"), "bad.xml"),
+        (("build", tmp_path / "none.xml", "-o", "x.safetensors"), "none.xml"),
+        (("build", "kinearm", "-o", "x.safetensors", "--n", "1"), "1"),
+        (("reconstruct", "kinearm", tmp_path / "bad.json", "--camera", camera, "-o", "x"), "bad.json"),
+        (("reconstruct", "kinearm", tmp_path / "none.png", "--camera", camera, "-o", "x"), "none.png"),
+        (
+            ("reconstruct", "kinearm", picture, "--camera", camera, "--mask", tmp_path / "bad.json", "-o", "x"),
+            "bad.json",
+        ),
+    ]
+    for arguments, says in cases:
+        assert says in one_line(kinesplat(*arguments, cwd=tmp_path)), arguments
+        assert not list(tmp_path.glob("x*")), arguments
+
+
+def test_an_absent_device_is_an_error() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    assert "cuda" in one_line(kinesplat("models", "--device", "cuda"))
+
+
+def test_unknown_options_end_with_status_2() -> None:
+    result = kinesplat("render", "kinearm", "-o", "x.png", "--colour")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr

@@ -9,6 +9,7 @@ namespace {
 
 using namespace kinesplat;
 
+constexpr int kPrefetch = 12;       // entries ahead whose records are fetched while staging
 constexpr int kForwardStage = 128;  // splats staged at a time by the forward pass
 
 KS_INLINE void lane_offsets(F &x, F &y) {
@@ -57,13 +58,15 @@ KS_INLINE void store_plane(float *plane, int stride, const Block &k, F value) {
 }
 
 KS_INLINE void store_rgb(float *image, int stride, const Block &k, const F rgb[3]) {
-    alignas(64) float lanes[3][16];
-    for (int c = 0; c < 3; ++c) store(lanes[c], rgb[c]);
-    for (int y = 0; y < k.height; ++y) {
-        float *out = image + (static_cast<size_t>(k.y + y) * stride + k.x) * 3;
-        for (int x = 0; x < k.width; ++x)
-            for (int c = 0; c < 3; ++c) out[3 * x + c] = lanes[c][4 * y + x];
+    alignas(64) float pixels[48];
+    interleave3(rgb, pixels);
+    float *out = image + (static_cast<size_t>(k.y) * stride + k.x) * 3;
+    if (k.inside == 0xffff) {
+        for (int y = 0; y < 4; ++y) std::memcpy(out + static_cast<size_t>(y) * stride * 3, pixels + 12 * y, 48);
+        return;
     }
+    for (int y = 0; y < k.height; ++y)
+        for (int x = 0; x < 3 * k.width; ++x) out[static_cast<size_t>(y) * stride * 3 + x] = pixels[12 * y + x];
 }
 
 KS_INLINE F load_plane(const float *plane, int stride, const Block &k) {
@@ -79,18 +82,21 @@ KS_INLINE F load_plane(const float *plane, int stride, const Block &k) {
 }
 
 KS_INLINE void load_rgb(const float *image, int stride, const Block &k, F rgb[3]) {
-    alignas(64) float lanes[3][16] = {};
-    for (int y = 0; y < k.height; ++y) {
-        const float *in = image + (static_cast<size_t>(k.y + y) * stride + k.x) * 3;
-        for (int x = 0; x < k.width; ++x)
-            for (int c = 0; c < 3; ++c) lanes[c][4 * y + x] = in[3 * x + c];
+    alignas(64) float pixels[48] = {};
+    const float *in = image + (static_cast<size_t>(k.y) * stride + k.x) * 3;
+    if (k.inside == 0xffff) {
+        for (int y = 0; y < 4; ++y) std::memcpy(pixels + 12 * y, in + static_cast<size_t>(y) * stride * 3, 48);
+    } else {
+        for (int y = 0; y < k.height; ++y)
+            for (int x = 0; x < 3 * k.width; ++x) pixels[12 * y + x] = in[static_cast<size_t>(y) * stride * 3 + x];
     }
-    for (int c = 0; c < 3; ++c) rgb[c] = load(lanes[c]);
+    deinterleave3(pixels, rgb);
 }
 
 KS_INLINE void stage(const ImageFrame &frame, uint32_t first, uint32_t count, Local *locals, uint32_t *masks) {
     for (uint32_t i = 0; i < count; ++i) {
         const Entry &e = frame.entries[first + i];
+        __builtin_prefetch(&frame.records[frame.entries[first + i + kPrefetch].record]);
         const Record &r = frame.records[e.record];
         Local &l = locals[i];
         std::memcpy(&l.p, &r.p, 16);
@@ -224,9 +230,9 @@ void forward_tile_as(const Scene &s, ImageFrame &frame, int image, int tile, Scr
     uint32_t *masks = scratch.masks.ensure(kForwardStage);
     int32_t *list = scratch.list.ensure(kForwardStage + 16);
     float contribution[kForwardStage];
-    uint32_t end = frame.tile_begin[tile + 1];
+    uint32_t begin = frame.tile_begin[tile], end = frame.tile_begin[tile + 1], used = 0;
     bool live = true;
-    for (uint32_t first = frame.tile_begin[tile]; first < end; first += kForwardStage) {
+    for (uint32_t first = begin; first < end; first += kForwardStage) {
         uint32_t count = end - first < kForwardStage ? end - first : kForwardStage;
         if (kFull) std::memset(contribution, 0, sizeof contribution);
         if (live) stage(frame, first, count, locals, masks);
@@ -234,14 +240,20 @@ void forward_tile_as(const Scene &s, ImageFrame &frame, int image, int tile, Scr
         for (int b = 0; live && b < kTileBlocks; ++b) {
             if (!states[b].live) continue;
             int listed = list_block(masks, count, b, list);
+            uint32_t before = states[b].processed;
             forward_block<kDepth, kFull>(locals, list, listed, blocks[b], states[b],
                                          kFull && out.contribution ? contribution : nullptr);
+            if (states[b].processed > before) {
+                uint32_t last = first - begin + static_cast<uint32_t>(list[states[b].processed - before - 1]) + 1;
+                used = last > used ? last : used;
+            }
             next |= states[b].live;
         }
         live = next;
         if (kFull && out.contribution)
             for (uint32_t i = 0; i < count; ++i) frame.slots[frame.entries[first + i].slot].sum[0] = contribution[i];
     }
+    frame.staged[tile] = used;
     for (int b = 0; b < kTileBlocks; ++b) {
         size_t at = static_cast<size_t>(tile) * kTileBlocks + b;
         frame.block_counts[at] = states[b].processed;
@@ -349,8 +361,9 @@ template <bool kDepth>
     lattice(r1[0], r1[1], r1[2], r1[3], s10, s11);
     s20 = (r2[0] + r2[3]) + (r2[1] + r2[2]);
 
-    for (int i = 0; i < 16; ++i) t[i] = load(&locals[list[i < count ? i : 0]].p);
-    transpose(t);
+    const float *geometry[16];
+    for (int i = 0; i < 16; ++i) geometry[i] = &locals[list[i < count ? i : 0]].p;
+    load_columns8(geometry, t);
     F p = t[0], q = t[1], r = t[2], cx = set1(centre_x), cy = set1(centre_y);
     F u = fma(p, cx, fma(q, cy, t[4])), v = fma(r, cy, t[5]);
     F du = fma(p, s10, q * s01), dv = r * s01;
@@ -409,28 +422,12 @@ void backward_block(const Scene &s, const ImageFrame &frame, int image, int tile
                              weights + 16 * i, scratch.sums.data());
 }
 
-// Splats of the tile up to the last one that any block composited.
-KS_INLINE uint32_t staged_prefix(const ImageFrame &frame, int tile) {
-    uint32_t left[kTileBlocks], open = 0, begin = frame.tile_begin[tile], end = frame.tile_begin[tile + 1];
-    for (int b = 0; b < kTileBlocks; ++b) {
-        left[b] = frame.block_counts[static_cast<size_t>(tile) * kTileBlocks + b];
-        open |= static_cast<uint32_t>(left[b] != 0) << b;
-    }
-    uint32_t i = begin;
-    for (; open && i < end; ++i)
-        for (uint32_t m = frame.entries[i].mask & open; m; m &= m - 1) {
-            int b = __builtin_ctz(m);
-            if (--left[b] == 0) open &= ~(1u << b);
-        }
-    return i - begin;
-}
-
 template <bool kDepth>
 void backward_tile_as(const Scene &s, ImageFrame &frame, int image, int tile, Scratch &scratch,
                       const ImageGradients &in) {
     uint32_t begin = frame.tile_begin[tile], count = frame.tile_begin[tile + 1] - begin;
     if (!count) return;
-    uint32_t staged = staged_prefix(frame, tile);
+    uint32_t staged = frame.staged[tile];
     Local *locals = scratch.locals.ensure(staged + 16);
     uint32_t *masks = scratch.masks.ensure(staged + 16);
     Slot *sums = scratch.sums.ensure(staged + 16);

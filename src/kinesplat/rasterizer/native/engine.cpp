@@ -104,7 +104,9 @@ void place_tiles(const Scene &s, ImageFrame &frame) {
         slots += frame.bins[b].count;
     }
     frame.slot_total = slots;
-    frame.entries.ensure(total + 1);
+    frame.entries.ensure(total + 64);  // staging looks ahead
+    for (uint32_t i = 0; i < 64; ++i) frame.entries[total + i].record = 0;
+    frame.staged.ensure(static_cast<size_t>(s.tiles()));
     frame.coverage.ensure(static_cast<size_t>(s.tiles()) * kTileBlocks * kLanes);
     frame.block_counts.ensure(static_cast<size_t>(s.tiles()) * kTileBlocks);
 }
@@ -198,7 +200,7 @@ size_t Frame::bytes() const {
     for (const ImageFrame &f : images) {
         total += f.records.bytes() + f.culls.bytes() + f.chunk_visible.bytes() + f.keys.bytes() +
                  f.spare_keys.bytes() + f.slot_begin.bytes() + f.slot_count.bytes() + f.tile_begin.bytes() +
-                 f.entries.bytes() + f.coverage.bytes() + f.block_counts.bytes() + f.slots.bytes() + f.poses.bytes();
+                 f.entries.bytes() + f.coverage.bytes() + f.block_counts.bytes() + f.staged.bytes() + f.slots.bytes() + f.poses.bytes();
         for (const NormalSums &n : f.normal_sums) total += n.items.bytes();
         for (const Bin &b : f.bins) total += b.candidates.bytes() + b.tile_counts.bytes();
     }

@@ -1,6 +1,6 @@
 // Forward: projection into records, and binning of depth-sorted records into tiles with exact block masks.
 #pragma once
-#include <cmath>
+#include <cstring>
 
 #include "splat.inl.h"
 
@@ -15,6 +15,12 @@ KS_INLINE void colors_of(const F *sh, const F dir[3], F rgb[3]) {
         for (int k = 0; k < kCoefficients; ++k) value = fma(Y[k], sh[3 * k + c], value);
         rgb[c] = value;
     }
+}
+
+// Tile of a pixel coordinate, clamped into the image, rounded down for coordinates on either side of it.
+KS_INLINE F tile_of(D position, int tiles) {
+    D inside = min(max(position * set1d(1.0 / kTile), set1d(0.0)), set1d(tiles - 0.5));
+    return round_nearest(narrow(inside) - set1(0.49999997f));
 }
 
 template <int kCoefficients>
@@ -51,25 +57,36 @@ template <int kCoefficients>
         for (int c = 4; c < 7; ++c) fields[c] = max(fields[c], set1(0.0f));
         fields[7] = narrow(o.pc[2]);
         for (int j = 8; j < 16; ++j) fields[j] = set1(0.0f);
-        F r = fields[2];
-        transpose(fields);
         alignas(64) double wide[4][16];
-        alignas(64) float slim[4][16];
+        F slim[16], p = fields[0], q = fields[1], r = fields[2];
+        slim[0] = r;
+        slim[1] = reach;
+        slim[2] = q / p;
+        slim[3] = p * q / fma(q, q, r * r);
+        slim[4] = tile_of(o.mean_x - half_x, s.tiles_x());
+        slim[5] = tile_of(o.mean_x + half_x, s.tiles_x());
+        slim[6] = tile_of(o.mean_y - half_y, s.tiles_y());
+        slim[7] = tile_of(o.mean_y + half_y, s.tiles_y());
+        for (int j = 8; j < 16; ++j) slim[j] = set1(0.0f);
+        transpose(fields);
+        transpose(slim);
         store(wide[0], o.mean_x);
         store(wide[1], o.mean_y);
         store(wide[2], o.p);
         store(wide[3], o.q);
-        store(slim[0], r);
-        store(slim[1], reach);
-        store(slim[2], narrow(half_x));
-        store(slim[3], narrow(half_y));
         for (; lanes; lanes &= lanes - 1) {
             int i = __builtin_ctz(lanes);
             Record &record = records[begin + visible];
             store(&record.p, fields[i]);
             record.splat = g.id[i];
-            culls[begin + visible] = {wide[0][i], wide[1][i], wide[2][i], wide[3][i],
-                                      slim[0][i], slim[1][i], slim[2][i], slim[3][i]};
+            Cull &cull = culls[begin + visible];
+            alignas(64) float row[16];
+            store(row, slim[i]);
+            cull.mean_x = wide[0][i];
+            cull.mean_y = wide[1][i];
+            cull.p = wide[2][i];
+            cull.q = wide[3][i];
+            std::memcpy(&cull.r, row, 32);
             ++visible;
         }
     }
@@ -85,10 +102,7 @@ uint32_t project(const Scene &s, int image, int begin, int end, Record *records,
     }
 }
 
-KS_INLINE int tile_of(double position, int tiles) {
-    double tile = std::floor(position / kTile);
-    return tile < 0 ? 0 : tile > tiles - 1 ? tiles - 1 : static_cast<int>(tile);
-}
+constexpr uint32_t kCullPrefetch = 8;
 
 KS_INLINE F clamp(F x, F low, F high) { return min(max(x, low), high); }
 
@@ -121,17 +135,17 @@ KS_INLINE uint32_t blocks_inside(const Scene &s, int tx, int ty) {
         block_y[b] = static_cast<float>(b / 4 * kBlock) + 0.5f;
     }
     const F bx = load(block_x), by = load(block_y);
-    int tiles_x = s.tiles_x(), tiles_y = s.tiles_y();
+    int tiles_x = s.tiles_x();
     uint32_t *counts = bin.tile_counts.ensure(s.tiles());
     for (int t = 0; t < s.tiles(); ++t) counts[t] = 0;
     uint32_t total = 0;
     for (uint32_t i = begin; i < end; ++i) {
         uint32_t record = static_cast<uint32_t>(frame.keys[i]);
+        __builtin_prefetch(&frame.culls[static_cast<uint32_t>(frame.keys[i + kCullPrefetch < end ? i + kCullPrefetch : i])]);
         const Cull &c = frame.culls[record];
-        int x0 = tile_of(c.mean_x - c.half_x, tiles_x), x1 = tile_of(c.mean_x + c.half_x, tiles_x);
-        int y0 = tile_of(c.mean_y - c.half_y, tiles_y), y1 = tile_of(c.mean_y + c.half_y, tiles_y);
-        float p = static_cast<float>(c.p), q = static_cast<float>(c.q);
-        F ratio_x = set1(q / p), ratio_y = set1(p * q / (q * q + c.r * c.r));
+        int x0 = static_cast<int>(c.tile[0]), x1 = static_cast<int>(c.tile[1]);
+        int y0 = static_cast<int>(c.tile[2]), y1 = static_cast<int>(c.tile[3]);
+        F ratio_x = set1(c.ratio_x), ratio_y = set1(c.ratio_y);
         Candidate *out = bin.candidates.grow(total + static_cast<size_t>(x1 - x0 + 1) * (y1 - y0 + 1), total);
         uint32_t first = total;
         for (int ty = y0; ty <= y1; ++ty)

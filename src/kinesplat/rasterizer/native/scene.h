@@ -95,7 +95,9 @@ struct alignas(64) Record {
 // The same splat as binning reads it: p, q and the centre in double so that far-away needles keep their edges.
 struct Cull {
     double mean_x, mean_y, p, q;
-    float r, reach, half_x, half_y;  // reach: u^2 + v^2 at alpha = 1/255; half_*: of its bounding box [px]
+    float r, reach;            // reach: u^2 + v^2 at alpha = 1/255
+    float ratio_x, ratio_y;    // along edges of constant y and x: where the falloff is least
+    float tile[4];             // first and last tile of its bounding box: x, x, y, y
 };
 
 struct Entry {  // splat of a tile; u, v at the tile's corner; bit b of mask: reaches block b
@@ -156,6 +158,7 @@ struct ImageFrame {
     Buffer<uint32_t> tile_begin;
     Buffer<Entry> entries;
     Buffer<float> coverage;        // sum of weights, (tiles, blocks, 16); only with depth
+    Buffer<uint32_t> staged;       // splats of each tile up to the last that was composited
     Buffer<uint32_t> block_counts; // list entries processed, (tiles, blocks)
     Buffer<Slot> slots;
     Buffer<PoseRecord> poses;      // only for normal equations

@@ -112,6 +112,68 @@ KS_INLINE void transpose(F r[16]) {
     }
 }
 
+// Sixteen rows of eight floats, 64 bytes apart, become eight columns.
+KS_INLINE void load_columns8(const float *const rows[16], F c[8]) {
+    __m512 a[8], b[8];
+    for (int i = 0; i < 8; ++i)  // rows i and i + 8 side by side
+        a[i] = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(rows[i])), _mm256_loadu_ps(rows[i + 8]), 1);
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
+        a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+    // a[i] holds columns i and i + 4 of rows 0-3 | 8-11, a[i + 4] those of rows 4-7 | 12-15.
+    const __m512i low = _mm512_set_epi32(27, 26, 25, 24, 11, 10, 9, 8, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i high = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 23, 22, 21, 20, 7, 6, 5, 4);
+    for (int i = 0; i < 4; ++i) {
+        c[i] = {_mm512_permutex2var_ps(a[i], low, a[i + 4])};
+        c[i + 4] = {_mm512_permutex2var_ps(a[i], high, a[i + 4])};
+    }
+}
+
+// 48 floats x0 y0 z0 x1 ... to three vectors and back; 64 floats to four vectors.
+KS_INLINE void deinterleave3(const float *p, F out[3]) {
+    __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16), c = _mm512_loadu_ps(p + 32);
+    alignas(64) static const int32_t kFirst[3][16] = {{0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 0, 0, 0, 0, 0},
+                                                      {1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 0, 0, 0, 0, 0},
+                                                      {2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 0, 0, 0, 0, 0, 0}};
+    alignas(64) static const int32_t kSecond[3][16] = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 17, 20, 23, 26, 29},
+                                                       {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 18, 21, 24, 27, 30},
+                                                       {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 19, 22, 25, 28, 31}};
+    for (int i = 0; i < 3; ++i) {
+        __m512 ab = _mm512_permutex2var_ps(a, _mm512_load_si512(kFirst[i]), b);
+        out[i] = {_mm512_permutex2var_ps(ab, _mm512_load_si512(kSecond[i]), c)};
+    }
+}
+KS_INLINE void interleave3(const F in[3], float *p) {
+    alignas(64) static const int32_t kFirst[3][16] = {{0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5},
+                                                      {21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26},
+                                                      {0, 11, 27, 0, 12, 28, 0, 13, 29, 0, 14, 30, 0, 15, 31, 0}};
+    alignas(64) static const int32_t kSecond[3][16] = {{0, 1, 16, 3, 4, 17, 6, 7, 18, 9, 10, 19, 12, 13, 20, 15},
+                                                       {0, 21, 2, 3, 22, 5, 6, 23, 8, 9, 24, 11, 12, 25, 14, 15},
+                                                       {26, 1, 2, 27, 4, 5, 28, 7, 8, 29, 10, 11, 30, 13, 14, 31}};
+    for (int i = 0; i < 3; ++i) {
+        __m512 rg = _mm512_permutex2var_ps(in[0].v, _mm512_load_si512(kFirst[i]), in[1].v);
+        _mm512_storeu_ps(p + 16 * i, _mm512_permutex2var_ps(rg, _mm512_load_si512(kSecond[i]), in[2].v));
+    }
+}
+KS_INLINE void deinterleave4(const float *p, F out[4]) {
+    __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16), c = _mm512_loadu_ps(p + 32), d = _mm512_loadu_ps(p + 48);
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    __m512 e0 = _mm512_permutex2var_ps(a, even, b), e1 = _mm512_permutex2var_ps(c, even, d);
+    __m512 o0 = _mm512_permutex2var_ps(a, odd, b), o1 = _mm512_permutex2var_ps(c, odd, d);
+    out[0] = {_mm512_permutex2var_ps(e0, even, e1)};
+    out[2] = {_mm512_permutex2var_ps(e0, odd, e1)};
+    out[1] = {_mm512_permutex2var_ps(o0, even, o1)};
+    out[3] = {_mm512_permutex2var_ps(o0, odd, o1)};
+}
+
 // Appends the indices base + lane whose mask word has `bit` set; writes up to 16 words, returns how many count.
 KS_INLINE int append_indices(const uint32_t *masks, uint32_t bit, int base, int32_t *out) {
     __mmask16 hit = _mm512_test_epi32_mask(_mm512_loadu_si512(masks), _mm512_set1_epi32(static_cast<int>(bit)));

@@ -348,6 +348,38 @@ KS_INLINE void transpose(F r[16]) {
         for (int j = 0; j < kF; ++j) r[i].p[j] = t[i][j];
 }
 
+KS_INLINE void load_columns8(const float *const rows[16], F c[8]) {
+    for (int band = 0; band < kF; ++band)
+        for (int part = 0; part < 8 / kWide; ++part) {
+            fpiece block[kWide];
+            for (int i = 0; i < kWide; ++i) std::memcpy(&block[i], rows[band * kWide + i] + part * kWide, KS_BYTES);
+#if defined(__AVX2__)
+            transpose8(block);
+#else
+            transpose4(block);
+#endif
+            for (int i = 0; i < kWide; ++i) c[part * kWide + i].p[band] = block[i];
+        }
+}
+KS_INLINE void deinterleave3(const float *p, F out[3]) {
+    alignas(64) float lanes[3][16];
+    for (int i = 0; i < 16; ++i)
+        for (int c = 0; c < 3; ++c) lanes[c][i] = p[3 * i + c];
+    for (int c = 0; c < 3; ++c) out[c] = load(lanes[c]);
+}
+KS_INLINE void interleave3(const F in[3], float *p) {
+    alignas(64) float lanes[3][16];
+    for (int c = 0; c < 3; ++c) store(lanes[c], in[c]);
+    for (int i = 0; i < 16; ++i)
+        for (int c = 0; c < 3; ++c) p[3 * i + c] = lanes[c][i];
+}
+KS_INLINE void deinterleave4(const float *p, F out[4]) {
+    alignas(64) float lanes[4][16];
+    for (int i = 0; i < 16; ++i)
+        for (int c = 0; c < 4; ++c) lanes[c][i] = p[4 * i + c];
+    for (int c = 0; c < 4; ++c) out[c] = load(lanes[c]);
+}
+
 KS_INLINE int append_indices(const uint32_t *masks, uint32_t bit, int base, int32_t *out) {
     int count = 0;
     for (int i = 0; i < 16; ++i) {

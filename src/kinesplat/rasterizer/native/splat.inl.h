@@ -10,6 +10,7 @@ using namespace kinesplat;
 struct Group {  // sixteen splats; lanes from `count` on repeat the last one
     uint32_t id[16];
     int count;
+    bool contiguous;  // sixteen of them in a row
     M valid;
 };
 
@@ -17,12 +18,19 @@ KS_INLINE Group make_group(const uint32_t *ids, int count) {
     Group g;
     for (int i = 0; i < 16; ++i) g.id[i] = ids[i < count ? i : count - 1];
     g.count = count;
+    g.contiguous = count == 16 && g.id[15] == g.id[0] + 15;  // ids ascend
     g.valid = from_bits(count == 16 ? 0xffffu : (1u << count) - 1u);
     return g;
 }
 
 // Columns of sixteen rows of `length` floats.
 KS_INLINE void load_columns(const float *base, int length, const Group &g, F *columns) {
+    if (g.contiguous && length == 3) return deinterleave3(base + static_cast<size_t>(g.id[0]) * 3, columns);
+    if (g.contiguous && length == 4) return deinterleave4(base + static_cast<size_t>(g.id[0]) * 4, columns);
+    if (g.contiguous && length == 1) {
+        columns[0] = load(base + g.id[0]);
+        return;
+    }
     if (length < 16) {
         alignas(64) float rows[16][16];
         for (int i = 0; i < 16; ++i)

@@ -218,6 +218,17 @@ def test_broken_files_are_one_line_with_file_and_element(tmp_path: Path, text: s
     assert all(word in message for word in words), message
 
 
+def test_flat_meshes_and_old_inertia_attributes_load(tmp_path: Path) -> None:
+    """MuJoCo finds no volume in a flat mesh; that is no reason not to draw it."""
+    (tmp_path / "flat.obj").write_text("v 0 0 0\nv 1 0 0\nv 1 1 0\nv 0 1 0\nf 1 2 3\nf 1 3 4\n")
+    (tmp_path / "r.xml").write_text(
+        """<mujoco><asset><mesh file="flat.obj"/></asset><worldbody><body>
+        <geom type="mesh" mesh="flat" shellinertia="true"/></body></worldbody></mujoco>"""
+    )
+    (mesh,) = load_description(tmp_path / "r.xml").link_meshes
+    assert np.ptp(mesh.vertices, axis=0) == pytest.approx([1, 1, 0], abs=1e-6)
+
+
 def test_circular_equalities_are_named() -> None:
     xml = """<mujoco><worldbody><body><joint name="a"/><geom size="1"/><body><joint name="b"/><geom size="1"/></body>
       </body></worldbody><equality><joint joint1="a" joint2="b"/><joint joint1="b" joint2="a"/></equality></mujoco>"""

@@ -9,8 +9,8 @@ import kinesplat
 
 PACKAGE = Path(kinesplat.__file__).parent
 LEVELS = [
-    ["errors"],
-    ["couplings", "kinematics", "twists", "camera", "gaussians", "files"],
+    ["errors", "robots"],
+    ["couplings", "kinematics", "rotation_vectors", "twists", "camera", "gaussians", "files"],
     ["description", "rasterizer"],
     ["surface", "skinning", "dataset"],
     ["model_file", "self_model"],

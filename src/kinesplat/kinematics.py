@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int64, Num
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from kinesplat.couplings import Couplings
 from kinesplat.errors import InputError, ModelFileError
+from kinesplat.rotation_vectors import cross_matrix, right_jacobian, rotation_matrix
 
 JOINT_TYPES = ("fixed", "hinge", "slide", "ball")
 FIXED, HINGE, SLIDE, BALL = range(4)
@@ -86,9 +88,8 @@ class KinematicTree:
             InputError: q has another number of joints, is not floating point, or is not finite.
         """
         q, T_world_base = self._checked(q, T_world_base)
-        c = self._constants(q)
-        theta = c.couplings.coordinates_of(q).reshape(q.shape[:-1].numel(), self.couplings.coordinates)
-        Ts = self._nodes(theta, T_world_base, c).index_select(0, c.link_node).transpose(0, 1)
+        nodes, _, c = self._nodes(q, T_world_base)
+        Ts = nodes.index_select(0, c.link_node).transpose(0, 1)
         return Ts.reshape(*q.shape[:-1], *Ts.shape[1:])
 
     def link_jacobian(
@@ -102,10 +103,8 @@ class KinematicTree:
             ``(*batch, links, 6, dof)``: v [m/rad or 1] of the point at the world's origin, w [1 or 1/m].
         """
         q, T_world_base = self._checked(q, T_world_base)
-        c = self._constants(q)
-        theta = c.couplings.coordinates_of(q).reshape(q.shape[:-1].numel(), self.couplings.coordinates)
-        twists = _twists(self._nodes(theta, T_world_base, c), theta, c)
-        J = twists.permute(1, 2, 0)[:, None] * c.moves[:, None]
+        nodes, theta, c = self._nodes(q, T_world_base)
+        J = _twists(nodes, theta, c).permute(1, 2, 0)[:, None] * c.moves[:, None]
         J = J.reshape(*q.shape[:-1], *J.shape[1:])
         if len(self.couplings.dependent):
             return J @ c.couplings.jacobian(q)[..., None, :, :]
@@ -116,10 +115,9 @@ class KinematicTree:
         lower, upper, limited = (t.to(q.device) for t in (self.q_lower, self.q_upper, self.q_limited))
         clamped = torch.where(limited, torch.minimum(torch.maximum(q, lower.to(q)), upper.to(q)), q)
         for first in self._limited_balls:
-            angle = clamped[..., first : first + 3].norm(dim=-1, keepdim=True).clamp(min=1e-12)
-            scale = (upper[first].to(q) / angle).clamp(max=1.0)
-            rest = clamped[..., :first], clamped[..., first + 3 :]
-            clamped = torch.cat([rest[0], clamped[..., first : first + 3] * scale, rest[1]], dim=-1)
+            before, ball, after = clamped.tensor_split((first, first + 3), dim=-1)
+            scale = (upper[first].to(q) / ball.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
+            clamped = torch.cat([before, ball * scale, after], dim=-1)
         return clamped
 
     def coordinates(self, q: Num[Tensor, "*batch dof"]) -> Float[Tensor, "*batch coordinates"]:
@@ -129,12 +127,11 @@ class KinematicTree:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything as named tensors (text as UTF-8 bytes), for a model file."""
-        text = {name: getattr(self, name) for name in ("link_names", "joint_names", "joint_types")}
-        numbers = {"base_node": self.base_node, "coordinates": self.couplings.coordinates}
+        header = {name: getattr(self, name) for name in ("link_names", "joint_names", "joint_types", "base_node")}
+        text = json.dumps({**header, "coordinates": self.couplings.coordinates})
         tensors = {name: getattr(self, name) for name in _TENSORS}
         coupled = {f"couplings.{name}": getattr(self.couplings, name) for name in _COUPLING_TENSORS}
-        header = torch.tensor(list(json.dumps({**text, **numbers}).encode()), dtype=torch.uint8)
-        return {"header": header, **tensors, **coupled}
+        return {"header": torch.tensor(list(text.encode()), dtype=torch.uint8), **tensors, **coupled}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "KinematicTree":
@@ -199,15 +196,17 @@ class KinematicTree:
         batch = torch.broadcast_shapes(q.shape[:-1], T_world_base.shape[:-2])
         return q.expand(*batch, self.dof), T_world_base.expand(*batch, 4, 4).reshape(-1, 4, 4)
 
-    def _nodes(self, theta: Tensor, T_world_base: Tensor | None, c: "_Constants") -> Tensor:
-        """``(nodes, batch, 4, 4)`` pose of every node in the world; theta is ``(batch, coordinates)``."""
+    def _nodes(self, q: Tensor, T_world_base: Tensor | None) -> "tuple[Tensor, Tensor, _Constants]":
+        """Poses ``(nodes, batch, 4, 4)`` of all nodes in the world, and the coordinates, the batch flattened."""
+        c = self._constants(q)
+        theta = c.couplings.coordinates_of(q).reshape(q.shape[:-1].numel(), self.couplings.coordinates)
         nodes: Tensor = _NodeTransforms.apply(theta, c)  # pyright: ignore[reportAssignmentType]
-        if T_world_base is None:
-            if not c.base_matters:
-                return nodes
-            T_world_base = c.T_world_base
-        moved = T_world_base @ nodes
-        return moved if c.all_on_base else torch.where(c.on_base[:, None, None, None], moved, nodes)
+        if T_world_base is None and not c.base_matters:
+            return nodes, theta, c
+        moved = (c.T_world_base if T_world_base is None else T_world_base) @ nodes
+        if not c.all_on_base:
+            moved = torch.where(c.on_base[:, None, None, None], moved, nodes)
+        return moved, theta, c
 
     def _constants(self, q: Tensor) -> "_Constants":
         key = (q.device, q.dtype)
@@ -266,29 +265,22 @@ class _Constants:
         for node in range(len(order) - 1, 0, -1):
             below[parent[node]] += below[node]
         balls = (tree.node_type[order] == BALL).nonzero()[:, 0]
-        screws, screw_node = _screws(tree, place)
-        link_node = place[tree.link_node]
+        (screws, screw_node), link_node = _screws(tree, place), place[tree.link_node]
         on_base = below[place[tree.base_node]] > 0
-        floats = {
-            "basis": _basis(tree)[order],
-            "anchors": tree.node_anchor[order][balls],
-            "screws": screws,
-            "below": below,
-            "moves": below[screw_node][:, link_node].T,
-            "T_world_base": tree.T_world_base,
-        }
-        indices = {
-            "coordinate": tree.node_coordinate[order].clamp(min=0),
-            "balls": balls,
-            "ball_coordinates": tree.node_coordinate[order][balls, None] + torch.arange(3),
-            "screw_node": screw_node,
-            "link_node": link_node,
-            "on_base": on_base,
-        }
         return cls(
             couplings=tree.couplings.to(device, dtype),
-            **{name: value.to(device, dtype).contiguous() for name, value in floats.items()},
-            **{name: value.to(device) for name, value in indices.items()},
+            basis=_basis(tree)[order].to(device, dtype),
+            coordinate=tree.node_coordinate[order].clamp(min=0).to(device),
+            balls=balls.to(device),
+            ball_coordinates=(tree.node_coordinate[order][balls, None] + torch.arange(3)).to(device),
+            anchors=tree.node_anchor[order][balls].to(device, dtype),
+            screws=screws.to(device, dtype),
+            screw_node=screw_node.to(device),
+            below=below.to(device, dtype),
+            moves=below[screw_node][:, link_node].T.to(device, dtype).contiguous(),
+            link_node=link_node.to(device),
+            T_world_base=tree.T_world_base.to(device, dtype),
+            on_base=on_base.to(device),
             levels=_levels([depth[node] for node in order], parent, device),
             jumps=_jumps(parent, max(depth), device),
             base_matters=not torch.equal(tree.T_world_base, torch.eye(4, dtype=torch.float64)),
@@ -343,7 +335,7 @@ def _local_transforms(theta: Tensor, c: _Constants) -> Tensor:
     x = padded.T.index_select(0, c.coordinate)
     local = (torch.stack([torch.ones_like(x), x.sin(), 1 - x.cos(), x], dim=-1) @ c.basis).unflatten(-1, (4, 4))
     if len(c.balls):
-        R = _rotation(theta.T[c.ball_coordinates].permute(0, 2, 1))
+        R = rotation_matrix(theta.T[c.ball_coordinates].permute(0, 2, 1))
         E = torch.zeros_like(local[c.balls])
         E[..., :3, :3], E[..., 3, 3] = R, 1
         E[..., :3, 3] = (c.anchors[:, None, :, None] - R @ c.anchors[:, None, :, None])[..., 0]
@@ -355,7 +347,7 @@ def _twists(T: Tensor, theta: Tensor, c: _Constants) -> Tensor:
     """``(coordinates, batch, 6)`` twist [v; w] of a unit velocity of each coordinate, in the frame that T maps to."""
     screws = c.screws[:, None].expand(-1, T.shape[1], -1)
     if len(c.balls):
-        J = _right_jacobian(theta.T[c.ball_coordinates].permute(0, 2, 1))
+        J = right_jacobian(theta.T[c.ball_coordinates].permute(0, 2, 1))
         v = torch.linalg.cross(c.anchors[:, None, :, None].expand_as(J), J, dim=-2)
         columns = torch.cat([v, J], dim=-2).permute(0, 3, 1, 2)
         screws = screws.index_copy(0, c.ball_coordinates.flatten(), columns.flatten(0, 1))
@@ -365,46 +357,10 @@ def _twists(T: Tensor, theta: Tensor, c: _Constants) -> Tensor:
     return torch.cat([v + torch.linalg.cross(frames[..., :3, 3], w), w], dim=-1)
 
 
-def _rotation(vector: Tensor) -> Tensor:
-    """Rotation matrix of a rotation vector, ``(*batch, 3)`` [rad] to ``(*batch, 3, 3)`` (Rodrigues)."""
-    sine, cosine, _ = _sinc_family(vector)
-    K = _hat(vector)
-    return torch.eye(3, dtype=K.dtype, device=K.device) + sine * K + cosine * (K @ K)
-
-
-def _right_jacobian(vector: Tensor) -> Tensor:
-    """Angular velocity in the turned frame per velocity of the rotation vector (Chirikjian 2012, eq. 10.86)."""
-    _, cosine, cubic = _sinc_family(vector)
-    K = _hat(vector)
-    return torch.eye(3, dtype=K.dtype, device=K.device) - cosine * K + cubic * (K @ K)
-
-
-def _sinc_family(vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sin(a)/a, (1 - cos a)/a^2, (a - sin a)/a^3 of the angle a, smooth at zero; ``(*batch, 1, 1)`` each."""
-    squared = (vector * vector).sum(-1)[..., None, None]
-    small = squared < 1e-4
-    a = torch.where(small, torch.ones_like(squared), squared).sqrt()
-    series = [
-        1 - squared / 6 * (1 - squared / 20 * (1 - squared / 42)),
-        0.5 - squared / 24 * (1 - squared / 30 * (1 - squared / 56)),
-        1 / 6 - squared / 120 * (1 - squared / 42 * (1 - squared / 72)),
-    ]
-    exact = [a.sin() / a, 2 * ((0.5 * a).sin() / a) ** 2, (a - a.sin()) / a**3]
-    sine, cosine, cubic = (torch.where(small, s, e) for s, e in zip(series, exact, strict=True))
-    return sine, cosine, cubic
-
-
-def _hat(vector: Tensor) -> Tensor:
-    """Cross product matrix, ``(*batch, 3)`` to ``(*batch, 3, 3)``."""
-    x, y, z = vector.unbind(-1)
-    zero = torch.zeros_like(x)
-    return torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=-1).unflatten(-1, (3, 3))
-
-
 def _basis(tree: KinematicTree) -> Tensor:
     """A node's transform is ``basis[0] + sin x basis[1] + (1 - cos x) basis[2] + x basis[3]`` of its coordinate x."""
     hinge, slide = ((tree.node_type == kind).double()[:, None, None] for kind in (HINGE, SLIDE))
-    K = _hat(tree.node_axis) * hinge
+    K = cross_matrix(tree.node_axis) * hinge
     generator = torch.zeros_like(tree.node_transform)
     generator[:, :3, :3] = K
     generator[:, :3, 3] = -(K @ tree.node_anchor[..., None])[..., 0]
@@ -431,17 +387,16 @@ def _screws(tree: KinematicTree, place: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _levels(depth: list[int], parent: Tensor, device: torch.device) -> tuple[tuple[int, int, Tensor], ...]:
-    starts = [depth.index(level) for level in range(1, max(depth) + 1)]
-    ends = [*starts[1:], len(depth)]
-    return tuple((s, e, parent[s:e].to(device)) for s, e in zip(starts, ends, strict=False))
+    bounds = [depth.index(level) for level in range(1, max(depth) + 1)] + [len(depth)]
+    return tuple((start, end, parent[start:end].to(device)) for start, end in pairwise(bounds))
 
 
 def _jumps(parent: Tensor, depth: int, device: torch.device) -> tuple[Tensor, ...]:
     """Ancestors 1, 2, 4, ... steps up; the product over them is the whole chain."""
-    jumps, reached = [], 1
-    while reached <= depth:
+    jumps = []
+    for _ in range(depth.bit_length()):
         jumps.append(parent.to(device))
-        parent, reached = parent[parent], 2 * reached
+        parent = parent[parent]
     return tuple(jumps)
 
 

@@ -50,7 +50,7 @@ class Loaded:
         """
         with quiet_mujoco():
             try:
-                return self.spec.compile()
+                return _compiled(self.spec)
             except (ValueError, RuntimeError, mujoco.FatalError) as error:
                 raise DescriptionError(f"{self.source}: {one_line(error)}") from error
 
@@ -91,6 +91,22 @@ def named_file(name: str, variant: str = "") -> Path:
     if stem not in files:
         raise DescriptionError(unknown(f"file of robot {name}", variant, files))
     return files[stem]
+
+
+def _compiled(spec: mujoco.MjSpec) -> mujoco.MjModel:
+    """Compile without collisions, and, where a mesh is too flat for it, without inertias: neither is of use here."""
+    for geom in spec.geoms:
+        geom.contype, geom.conaffinity = 0, 0
+    try:
+        return spec.compile()
+    except ValueError as error:
+        if "inertia" not in str(error) and "volume" not in str(error):
+            raise
+        for mesh in spec.meshes:
+            mesh.inertia = mujoco.mjtMeshInertia.mjMESH_INERTIA_SHELL
+        for geom in spec.geoms:
+            geom.typeinertia = mujoco.mjtGeomInertia.mjINERTIA_VOLUME
+        return spec.compile()
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """The command line as a user meets it: files written, exit status, one line per mistake."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +14,33 @@ import torch
 from PIL import Image
 
 from kinesplat.camera import Camera
+from kinesplat.cli import main
 from kinesplat.files import read_image, read_mask, write_png
 from kinesplat.self_model import SelfModel
 
 
-def kinesplat(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from kinesplat.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, check=False)
+@dataclass(frozen=True)
+class Ended:
+    """What a finished command left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def one_line(result: subprocess.CompletedProcess[str]) -> str:
+def kinesplat(*arguments: str | Path) -> Ended:
+    """Run a command in this process; `test_the_installed_program_runs` starts a real one."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(stdout), redirect_stderr(stderr):
+        patch.setattr(sys, "argv", ["kinesplat", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+    return Ended(code, stdout.getvalue(), stderr.getvalue())
+
+
+def one_line(result: Ended) -> str:
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.strip()]
@@ -96,7 +116,10 @@ def test_every_command_explains_itself(command: str) -> None:
         assert option in result.stdout
 
 
-def test_bad_usage_and_input_end_with_status_2_and_leave_nothing(photo: Path, tmp_path: Path) -> None:
+def test_bad_usage_and_input_end_with_status_2_and_leave_nothing(
+    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked_types: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
     broken = tmp_path / "broken.safetensors"
     assert kinesplat("build", "kinearm", "-o", broken, "--n", "500").returncode == 0
     broken.write_bytes(broken.read_bytes()[:3000])
@@ -123,7 +146,7 @@ def test_bad_usage_and_input_end_with_status_2_and_leave_nothing(photo: Path, tm
         ),
     ]
     for arguments, says in cases:
-        assert says in one_line(kinesplat(*arguments, cwd=tmp_path)), arguments
+        assert says in one_line(kinesplat(*arguments)), arguments
         assert not list(tmp_path.glob("x*")), arguments
 
 
@@ -137,3 +160,11 @@ def test_unknown_options_end_with_status_2() -> None:
     result = kinesplat("render", "kinearm", "-o", "x.png", "--colour")
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
+
+
+def test_the_installed_program_runs() -> None:
+    command = [sys.executable, "-c", "from kinesplat.cli import main; main()", "render", "nobody", "-o", "x.png"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("kinesplat: unknown model 'nobody'")
+    assert result.stderr.count("\n") == 1

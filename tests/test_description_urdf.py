@@ -10,6 +10,7 @@ import trimesh
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
+from kinesplat.camera import Camera
 from kinesplat.description import LinkMesh, Part, Robot, inspect, inspection_text, load_description
 from kinesplat.description import meshes as mesh_files
 from kinesplat.description.mesh_cache import cache_folder
@@ -473,6 +474,23 @@ def test_inspection_tells_what_is_there() -> None:
     assert data["couplings"] == [{"joint": "right_finger", "driver": "left_finger", "rule": "1 x"}]
     text = inspection_text(robot)
     assert all(word in text for word in ("waist", "right_finger follows left_finger", "Apache-2.0", "#ed731a"))
+
+
+def test_silhouettes_of_go2_from_urdf_and_mjcf_agree(shared: Path) -> None:
+    pytest.importorskip("mujoco_warp", reason="needs the renderer (extra 'render')")
+    from kinesplat.dataset.capture import Capture
+
+    folder = shared / "urdf" / "go2" / "example-robot-data" / "robots" / "go2_description" / "urdf"
+    urdf = load_description(folder / "go2.urdf")
+    mjcf = load_description(shared / "robots" / "unitree_go2" / "go2.xml")
+    order = [mjcf.tree.joint_names.index(name) for name in urdf.tree.joint_names]
+    span = mjcf.tree.q_upper - mjcf.tree.q_lower
+    q = mjcf.tree.q_lower + span * torch.rand(4, mjcf.tree.dof, dtype=torch.float64)
+    camera = Camera.look_at(torch.nn.functional.normalize(torch.randn(4, 3), dim=-1), (0.0, 0.0, 0.0))
+    first = Capture(mjcf, samples=1).render(q, camera, torch.eye(4)).alpha > 0.5
+    second = Capture(urdf, samples=1).render(q[:, order], camera, torch.eye(4)).alpha > 0.5
+    iou = (first & second).sum((-1, -2)) / (first | second).sum((-1, -2))
+    assert iou.min() >= 0.98
 
 
 def test_many_robots_of_example_robot_data() -> None:

@@ -202,6 +202,14 @@ def test_primitives(tmp_path: Path) -> None:
     np.testing.assert_allclose(extents, [[0.5, 1, 1.5], [0.5, 0.5, 1], [0.5, 0.5, 0.5]], atol=1e-6)
 
 
+def test_collision_shapes_are_drawn_where_nothing_else_is(tmp_path: Path) -> None:
+    box = "<collision><geometry><box size='1 1 1'/></geometry></collision>"
+    (tmp_path / "r.urdf").write_text(f'<robot name="r"><link name="a">{box}</link></robot>')
+    robot = load_description(tmp_path / "r.urdf")
+    assert len(robot.link_meshes) == 1
+    assert any("<collision> shapes are drawn" in w for w in robot.warnings)
+
+
 def test_materials_of_the_mesh_win_over_the_urdf_and_stl_takes_the_urdf(tmp_path: Path) -> None:
     coloured = CUBE.copy()
     coloured.visual = trimesh.visual.TextureVisuals(

@@ -72,9 +72,13 @@ def urdf_elements(robot: Element, source: str) -> Urdf:
     reader = _Reader(source)
     materials = {reader.name(m, "material"): reader.material(m, {}) for m in robot.findall("material")}
     links: dict[str, tuple[Visual, ...]] = {}
+    kind = "visual" if robot.find("link/visual") is not None else "collision"
     for element in robot.findall("link"):
         name = reader.unique(element, "link", links)
-        links[name] = tuple(reader.visual(v, name, i, materials) for i, v in enumerate(element.findall("visual")))
+        shapes = enumerate(element.findall(kind))
+        links[name] = tuple(reader.visual(shape, name, f"{kind} {i}", materials) for i, shape in shapes)
+    if kind == "collision" and any(links.values()):
+        reader.warnings.append("no link has a <visual>; the <collision> shapes are drawn instead")
     if not links:
         raise DescriptionError(f"{source}: the robot has no <link>")
     if len(links) > MAX_LINKS:
@@ -154,8 +158,8 @@ class _Reader:
             rgba = np.clip(np.append(rgba, 1.0)[:4], 0.0, 1.0)
         return Material(rgba, None if texture is None else texture.get("filename"))
 
-    def visual(self, element: Element, link: str, index: int, materials: Mapping[str, Material]) -> Visual:
-        where = f"link {link!r} visual {index}"
+    def visual(self, element: Element, link: str, which: str, materials: Mapping[str, Material]) -> Visual:
+        where = f"link {link!r} {which}"
         shapes = list(element.findall("geometry/*"))
         if len(shapes) != 1:
             raise self.fail(where, f"<geometry> holds {len(shapes)} shapes; expected one of {', '.join(SHAPES)}")

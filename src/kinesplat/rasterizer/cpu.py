@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kinesplat.errors import BackendError, InputError, unknown
 from kinesplat.rasterizer.render import Render, Scene
@@ -94,32 +95,45 @@ def make_plan(scene: Scene, tensors: tuple[Tensor | None, ...]) -> _Plan:
         None if t is None else t.detach() for t in tensors
     )
     shape = scene.batch_shape
-    images, n = math.prod(shape), means.shape[-2]
-    batch = tuple(means.shape[:-2])
+    images, n, batch = math.prod(shape), means.shape[-2], tuple(means.shape[:-2])
     sets = math.prod(batch)
-    T = T_cam_world.double()[..., None, :, :]
-    Ts = Ts_world_link.double()
-    Ts_cam_link = (T @ Ts).expand(*shape, *Ts.shape[-3:]).reshape(images, *Ts.shape[-3:]).contiguous()
-    pinhole = K.flatten(-2)[..., [0, 4, 2, 5, 1]].double()
-    flat = (means.reshape(sets, n, 3), quats.reshape(sets, n, 4), scales.reshape(sets, n, 3))
-    flat = (*flat, opacities.reshape(sets, n), sh.reshape(sets, n, *sh.shape[-2:]))
-    set_index = torch.arange(sets, dtype=torch.int32).reshape(batch).expand(shape).reshape(images)
-    native_scene = module.Scene(
-        module.Splats(*(t.contiguous() for t in flat)),
-        module.Links(scene.link_index.to(torch.int32).contiguous(), weights, Ts_cam_link),
-        module.Views(
-            pinhole.expand(*shape, 5).reshape(images, 5).contiguous(),
-            background.expand(*shape, 3).reshape(images, 3).contiguous(),
-            set_index.contiguous(),
-            scene.camera.width,
-            scene.camera.height,
-            scene.eps2d,
-        ),
-    )
+    T, Ts = T_cam_world.double()[..., None, :, :], Ts_world_link.double()
+    set_index = torch.zeros(images, dtype=torch.int32)
+    if sets != 1:
+        set_index = torch.arange(sets, dtype=torch.int32).reshape(batch).expand(shape).reshape(images).contiguous()
+    flat = (t.reshape(sets, n, *t.shape[len(batch) + 1 :]).contiguous() for t in (means, quats, scales, opacities, sh))
+    try:
+        native_scene = module.Scene(
+            module.Splats(*(t.numpy() for t in flat)),
+            module.Links(scene.link_index.int().contiguous().numpy(), as_array(weights), _flat(T @ Ts, shape, 3).numpy()),
+            module.Views(
+                _flat(K.double(), shape, 2).numpy(),
+                _flat(background, shape, 1).numpy(),
+                set_index.numpy(),
+                scene.camera.width,
+                scene.camera.height,
+                scene.eps2d,
+            ),
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
     problem = module.bad_input(native_scene, torch.get_num_threads(), level)
     if problem:
         raise InputError(problem)
     return _Plan(native_scene, batch, T, Ts, level)
+
+
+def as_array(value: Tensor | None) -> Any:
+    """The same memory as a numpy array, which crosses into C++ faster than a tensor does; None stays None."""
+    return None if value is None else value.numpy()
+
+
+def _flat(value: Tensor, shape: tuple[int, ...], event_dims: int) -> Tensor:
+    """`value` expanded to the batch `shape`, which becomes one leading dimension; contiguous."""
+    event = value.shape[value.ndim - event_dims :]
+    if value.ndim - event_dims != len(shape) or value.shape[: len(shape)] != shape:
+        value = value.expand(*shape, *event)
+    return value.reshape(math.prod(shape), *event).contiguous()
 
 
 def _empty_outputs(scene: Scene) -> dict[str, Tensor]:
@@ -142,7 +156,7 @@ class _Rasterize(torch.autograd.Function):
         wanted = dict(out)
         if needs_grad and tensors[-1] is not None and ctx.needs_input_grad[-1] and "alpha" not in wanted:
             wanted["alpha"] = torch.empty((math.prod(scene.batch_shape), scene.camera.height, scene.camera.width))
-        images = [wanted.get(name) for name in ("rgb", "alpha", "depth", "link_id", "contribution")]
+        images = [as_array(wanted.get(name)) for name in ("rgb", "alpha", "depth", "link_id", "contribution")]
         frame = native().forward(plan.native_scene, *images, torch.get_num_threads(), plan.level)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(out[name] for name in ("link_id", "contribution") if name in out))
@@ -154,6 +168,7 @@ class _Rasterize(torch.autograd.Function):
         return tuple(value.view(*shape, *value.shape[1:]) for value in out.values())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         means, quats, scales, opacities, sh, weights, T_cam_world, Ts_world_link, K, background = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
@@ -166,20 +181,20 @@ class _Rasterize(torch.autograd.Function):
             if name in given
         }
         out = [
-            torch.zeros(t.shape, dtype=torch.float32) if need else None
+            torch.empty(t.shape, dtype=torch.float32) if need else None
             for t, need in zip((means, quats, scales, opacities, sh, weights), needs[:6], strict=True)
         ]
         n, sets = len(scene.gaussians), math.prod(plan.splat_batch)
         flat = [None if v is None else v.view(sets, n, *v.shape[len(plan.splat_batch) + 1 :]) for v in out[:5]]
         links = plan.Ts_world_link.shape[-3]
         v_T = torch.empty(images, links, 4, 4, dtype=torch.float64) if needs[6] or needs[7] else None
-        v_K = torch.empty(images, 4, dtype=torch.float64) if needs[8] else None
+        v_K = torch.empty(images, 3, 3, dtype=torch.float64) if needs[8] else None
         native().backward(
             plan.native_scene,
             ctx.frame,
-            *(incoming.get(name) for name in ("rgb", "alpha", "depth")),
-            ctx.depth if "depth" in incoming else None,
-            native().Gradients(*flat, v_T, v_K, out[5]),
+            *(as_array(incoming.get(name)) for name in ("rgb", "alpha", "depth")),
+            as_array(ctx.depth) if "depth" in incoming else None,
+            native().Gradients(*(as_array(v) for v in (*flat, v_T, v_K, out[5]))),
             torch.get_num_threads(),
         )
         pose = _pose_gradients(plan, v_T, scene.batch_shape, T_cam_world, Ts_world_link, needs[6:8])
@@ -190,7 +205,9 @@ class _Rasterize(torch.autograd.Function):
             if "rgb" in incoming:
                 v_background = (incoming["rgb"] * behind).sum((1, 2)).view(*scene.batch_shape, 3)
                 v_background = v_background.sum_to_size(background.shape)
-        return None, *out, *pose, _intrinsics_gradient(v_K, scene.batch_shape, K), v_background
+        if v_K is not None:
+            v_K = v_K.view(*scene.batch_shape, 3, 3).sum_to_size(K.shape).to(K.dtype)
+        return None, *out, *pose, v_K, v_background
 
 
 def _pose_gradients(
@@ -207,11 +224,3 @@ def _pose_gradients(
         v_links = (plan.T_cam_world.mT @ v_T).sum_to_size(Ts_world_link.shape).to(Ts_world_link.dtype)
     return v_camera, v_links
 
-
-def _intrinsics_gradient(v_K: Tensor | None, shape: tuple[int, ...], K: Tensor) -> Tensor | None:
-    if v_K is None:
-        return None
-    full = torch.zeros(*shape, 3, 3, dtype=torch.float64)
-    for i, (row, column) in enumerate(((0, 0), (1, 1), (0, 2), (1, 2))):
-        full[..., row, column] = v_K.view(*shape, 4)[..., i]
-    return full.sum_to_size(K.shape).to(K.dtype)

@@ -100,9 +100,9 @@ def normal_equations(
     flat = [None if t is None else t.reshape(count, *t.shape[rgb.ndim - 3 :]).contiguous() for t in targets.values()]
     loss, gradient, hessian = (torch.empty(s, dtype=torch.float64) for s in ((images,), (images, p), (images, p, p)))
     module = cpu.native()
-    target = module.Target(*flat, index)
+    target = module.Target(*(cpu.as_array(t) for t in (*flat, index)))
     problem = module.normal_equations(
-        plan.native_scene, target, loss, gradient, hessian, torch.get_num_threads(), plan.level
+        plan.native_scene, target, *(cpu.as_array(t) for t in (loss, gradient, hessian)), torch.get_num_threads(), plan.level
     )
     if problem:
         raise InputError(problem)

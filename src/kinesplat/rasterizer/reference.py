@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kinesplat.gaussians import Gaussians
 from kinesplat.rasterizer.projection import Projection, project
-from kinesplat.rasterizer.render import Render, Scene, check_finite
+from kinesplat.rasterizer.render import Render, Scene, check_values
 
 ALPHA_MAX = 0.99
 ALPHA_MIN = 1.0 / 255.0
@@ -29,7 +29,7 @@ def render(scene: Scene) -> Render:
     Raises:
         InputError: a tensor holds NaN or infinity.
     """
-    check_finite(scene)
+    check_values(scene)
     shape, camera = scene.batch_shape, scene.camera
     K, background = _flat(camera.K, shape, 2), _flat(scene.background, shape, 1)
     Ts_cam_link = _flat(camera.T_cam_world[..., None, :, :] @ scene.Ts_world_link, shape, 3)

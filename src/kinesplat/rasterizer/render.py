@@ -81,13 +81,14 @@ def make_scene(
     means = gaussians.means
     _check_gaussians(gaussians)
     _check_options(eps2d, outputs)
-    camera = camera.to(dtype=means.dtype)
+    if camera.K.dtype != means.dtype or camera.T_cam_world.dtype != means.dtype:
+        camera = camera.to(dtype=means.dtype)
     Ts_world_link = _on(means, "Ts_world_link", Ts_world_link, (None, 4, 4))
     if not isinstance(background, Tensor):
         background = torch.tensor(tuple(background), dtype=means.dtype, device=means.device)
     background = _on(means, "background", background, (3,))
     _on(means, "camera K", camera.K, (3, 3))
-    index, weights = _check_links(means, link_index, link_weights, Ts_world_link.shape[-3])
+    index, weights = _check_links(means, link_index, link_weights)
     batches = {
         "gaussians": gaussians.batch_shape,
         "Ts_world_link": tuple(Ts_world_link.shape[:-3]),
@@ -99,7 +100,7 @@ def make_scene(
     )
 
 
-def check_finite(scene: Scene) -> None:
+def check_values(scene: Scene) -> None:
     """Raise InputError that names the first tensor of `scene` with values that cannot be rendered."""
     named = {f"gaussians.{name}": getattr(scene.gaussians, name) for name in _GAUSSIAN_TAILS}
     named |= {"camera K": scene.camera.K, "camera T_cam_world": scene.camera.T_cam_world}
@@ -111,6 +112,10 @@ def check_finite(scene: Scene) -> None:
             raise InputError(f"{name} contains NaN or infinity")
     if not (scene.gaussians.quats != 0).any(-1).all():
         raise InputError("gaussians.quats contains a quaternion of length zero")
+    index, links = scene.link_index, scene.Ts_world_link.shape[-3]
+    if ((index < 0) | (index >= links)).any():
+        outside = int(index[(index < 0) | (index >= links)][0])
+        raise InputError(f"link_index holds {outside}; Ts_world_link holds links 0 to {links - 1}")
     K = scene.camera.K
     if not ((K[..., 0, 0] > 0) & (K[..., 1, 1] > 0)).all():
         raise InputError("camera K has a focal length that is not positive")
@@ -158,7 +163,7 @@ def _on(means: Tensor, name: str, value: Tensor, tail: tuple[int | None, ...]) -
 
 
 def _check_links(
-    means: Tensor, index: Tensor, weights: Tensor | None, links: int
+    means: Tensor, index: Tensor, weights: Tensor | None
 ) -> tuple[Int[Tensor, "n m"], Float[Tensor, "n m"] | None]:
     n = means.shape[-2]
     if index.is_floating_point() or index.dtype == torch.bool:
@@ -172,10 +177,6 @@ def _check_links(
         )
     if index.device != means.device:
         raise InputError(f"link_index is on {index.device}, the gaussians are on {means.device}")
-    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < links):
-        raise InputError(
-            f"link_index spans {int(index.min())} to {int(index.max())}; Ts_world_link holds links 0 to {links - 1}"
-        )
     if weights is None:
         if index.shape[1] != 1:
             raise InputError(f"link_index of shape {tuple(index.shape)} needs link_weights of the same shape")

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "pool.h"
 
 namespace kinesplat {
 
@@ -34,7 +35,7 @@ const Kernels *find_kernels(const std::string &name);
 std::string find_bad_input(const Scene &, const Options &);
 
 void forward(const Scene &, const Options &, Frame &, const Images &);
-// Gradients are added per splat where `Gradients` has a buffer (which the caller zeroed) and written per image.
+// Writes every buffer of `Gradients` that is not null.
 void backward(const Scene &, const Options &, Frame &, const ImageGradients &, const Gradients &);
 
 // The same for a target of `pixels` pixels in all.
@@ -47,8 +48,11 @@ struct NormalEquations {  // every one written whole
 };
 void normal_equations(const Scene &, const Options &, Frame &, const Target &, const NormalEquations &);
 
-// Per-thread scratch of the calling thread's pool slot.
-Scratch &scratch_of(int thread);
+// Runs work(unit, thread) for units [0, count) on the shared pool.
+void for_units(const Options &, int count, const Pool::Work &work);
+
+// Scratch of the calling thread.
+Scratch &thread_scratch();
 size_t chunk_count(const Scene &);
 
 // Projects, sorts and bins: everything of the forward pass before the pixels.

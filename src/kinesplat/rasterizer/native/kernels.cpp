@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "project.inl.h"
+#include "blend_backward.inl.h"
 #include "normal.inl.h"
 
 namespace {

@@ -77,7 +77,7 @@ struct PyScene {
         scene.link_index = checked(links.index, "link_index", {n, m});
         scene.link_weights = checked(links.weights, "link_weights", {n, m});
         scene.Ts_cam_link = checked(links.Ts_cam_link, "Ts_cam_link", {images, count, 4, 4});
-        scene.K = checked(views.K, "K", {images, 5});
+        scene.K = checked(views.K, "K", {images, 3, 3});
         scene.background = checked(views.background, "background", {images, 3});
         scene.set_of_image = checked(views.set_of_image, "set_of_image", {images});
         scene.width = views.width;
@@ -88,7 +88,9 @@ struct PyScene {
             throw nb::value_error("link_index needs 1 to 4 columns, and link_weights where it has more than one");
         for (size_t i = 0; i < n * m; ++i)
             if (scene.link_index[i] < 0 || scene.link_index[i] >= scene.links)
-                throw nb::value_error("link_index points outside Ts_cam_link");
+                throw nb::value_error(("link_index holds " + std::to_string(scene.link_index[i]) +
+                                       "; Ts_world_link holds links 0 to " + std::to_string(scene.links - 1))
+                                          .c_str());
         for (size_t i = 0; i < images; ++i)
             if (scene.set_of_image[i] < 0 || scene.set_of_image[i] >= scene.sets)
                 throw nb::value_error("set_of_image points outside the sets");
@@ -146,7 +148,7 @@ void run_backward(const PyScene &py, PyFrame &frame, Array<const float> v_rgb, A
     out.opacities = checked(g.opacities, "v_opacities", {sets, n});
     out.sh = checked(g.sh, "v_sh", {sets, n, static_cast<size_t>(s.coefficients), 3});
     out.Ts_cam_link = checked(g.Ts_cam_link, "v_Ts_cam_link", {images, links, 4, 4});
-    out.K = checked(g.K, "v_K", {images, 4});
+    out.K = checked(g.K, "v_K", {images, 3, 3});
     out.link_weights = checked(g.link_weights, "v_link_weights", {n, static_cast<size_t>(s.links_per_splat)});
     Options options{frame.options.kernels, threads};
     nb::gil_scoped_release release;

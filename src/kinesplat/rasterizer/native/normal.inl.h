@@ -8,7 +8,6 @@ namespace {
 
 // d(sigma)/d(twist) of sixteen splats as polynomials in u, v, u^2, u v, v^2.
 KS_INLINE void twist_coefficients(const Scene &s, int image, const Geometry &o, int axis, F out[5]) {
-    const double *K = s.K + 5 * image;
     D zero = set1d(0.0), dp[3], dN[9];
     for (int i = 0; i < 9; ++i) dN[i] = zero;
     for (int i = 0; i < 3; ++i) dp[i] = zero;
@@ -25,7 +24,7 @@ KS_INLINE void twist_coefficients(const Scene &s, int image, const Geometry &o, 
     }
     D dmean[2], dP[6];
     for (int i = 0; i < 2; ++i) {
-        D f_z = set1d(K[i]) * o.inv_z, tangent = o.pc[i] * o.inv_z;
+        D f_z = set1d(s.focal(image, i)) * o.inv_z, tangent = o.pc[i] * o.inv_z;
         dmean[i] = f_z * fnma(tangent, dp[2], dp[i]);
         D dslope = select(o.guarded[i], zero, o.inv_z * fnma(tangent, dp[2], dp[i]));
         D dlog_z = dp[2] * o.inv_z;

@@ -53,7 +53,7 @@ struct Scene {
     const int32_t *link_index = nullptr;   // (n, links_per_splat)
     const float *link_weights = nullptr;   // (n, links_per_splat) or null
     const double *Ts_cam_link = nullptr;   // (images, links, 4, 4)
-    const double *K = nullptr;             // (images, 5): fx fy cx cy, skew (which must be 0)
+    const double *K = nullptr;             // (images, 3, 3)
     const int32_t *set_of_image = nullptr; // (images)
     const float *background = nullptr;     // (images, 3)
     int width = 0, height = 0;
@@ -62,6 +62,8 @@ struct Scene {
     int tiles_x() const { return (width + kTile - 1) / kTile; }
     int tiles_y() const { return (height + kTile - 1) / kTile; }
     int tiles() const { return tiles_x() * tiles_y(); }
+    double focal(int image, int axis) const { return K[9 * image + 4 * axis]; }
+    double centre(int image, int axis) const { return K[9 * image + 2 + 3 * axis]; }
     int64_t pixels() const { return static_cast<int64_t>(width) * height; }
 };
 
@@ -75,10 +77,10 @@ struct ImageGradients {  // incoming, any of them null; depth is the forward's o
     const float *rgb = nullptr, *alpha = nullptr, *v_depth = nullptr, *depth = nullptr;
 };
 
-struct Gradients {  // outgoing, any of them null
+struct Gradients {  // outgoing, any of them null, every one written whole
     float *means = nullptr, *quats = nullptr, *scales = nullptr, *opacities = nullptr, *sh = nullptr;
     double *Ts_cam_link = nullptr;  // (images, links, 4, 4), last row zero
-    double *K = nullptr;            // (images, 4)
+    double *K = nullptr;            // (images, 3, 3)
     float *link_weights = nullptr;  // (n, links_per_splat)
     bool per_splat() const { return means || quats || scales || opacities || sh || link_weights; }
 };

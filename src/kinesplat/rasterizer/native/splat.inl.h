@@ -202,10 +202,9 @@ inline void compute_geometry(const Scene &s, int image, const Group &g, Geometry
     o.in_front = set1d(kNear) <= o.pc[2];
     o.inv_z = set1d(1.0) / select(o.in_front, o.pc[2], set1d(1.0));
 
-    const double *K = s.K + 5 * image;
     D mean[2];
     for (int axis = 0; axis < 2; ++axis) {
-        double focal = K[axis], centre = K[2 + axis], extent = axis ? s.height : s.width;
+        double focal = s.focal(image, axis), centre = s.centre(image, axis), extent = axis ? s.height : s.width;
         double margin = kJacobianGuard * 0.5 * extent / focal;
         D slope = o.pc[axis] * o.inv_z, low = set1d(-centre / focal - margin);
         D high = set1d((extent - centre) / focal + margin);

@@ -24,7 +24,6 @@ KS_INLINE void load_moments(const ImageFrame &frame, uint32_t first, int count, 
 
 // From moments in the image to the mean in the camera (vpc), the axes N in the camera (vN) and the intrinsics.
 KS_INLINE void image_vjp(const Scene &s, int image, const Geometry &o, const F *moments, D vpc[3], D vN[9], D vK[4]) {
-    const double *K = s.K + 5 * image;
     D inv_k2 = set1d(1.0 / kWhitening2), inv_k4 = set1d(1.0 / (kWhitening2 * kWhitening2));
     D gu = widen(moments[kGu]), gv = widen(moments[kGv]);
     D guu = widen(moments[kGuu]), guv = widen(moments[kGuv]), gvv = widen(moments[kGvv]);
@@ -38,7 +37,7 @@ KS_INLINE void image_vjp(const Scene &s, int image, const Geometry &o, const F *
     D zero = set1d(0.0), vz = widen(moments[kZ]);
     for (int k = 0; k < 3; ++k) vN[6 + k] = zero;
     for (int axis = 0; axis < 2; ++axis) {
-        D f_z = set1d(K[axis]) * o.inv_z, inv_f = set1d(1.0 / K[axis]), slope = o.slope[axis];
+        D f_z = set1d(s.focal(image, axis)) * o.inv_z, inv_f = set1d(1.0 / s.focal(image, axis)), slope = o.slope[axis];
         const D *P = o.P + 3 * axis, *v = vP + 3 * axis;
         D vP_P = dot3(v[0], v[1], v[2], P[0], P[1], P[2]);
         D vslope = zero - f_z * dot3(v[0], v[1], v[2], o.N[6], o.N[7], o.N[8]);
@@ -47,7 +46,7 @@ KS_INLINE void image_vjp(const Scene &s, int image, const Geometry &o, const F *
             vN[6 + k] = fnma(f_z * slope, v[k], vN[6 + k]);
         }
         D free = select(o.guarded[axis], zero, vslope), held = select(o.guarded[axis], vslope, zero);
-        D tangent = o.pc[axis] * o.inv_z, through = fma(vmean[axis], set1d(K[axis]), free);
+        D tangent = o.pc[axis] * o.inv_z, through = fma(vmean[axis], set1d(s.focal(image, axis)), free);
         vpc[axis] = through * o.inv_z;
         vz = vz - o.inv_z * fma(through, tangent, vP_P);
         vK[axis] = fma(vmean[axis], tangent, inv_f * fnma(held, slope, vP_P));

@@ -40,7 +40,7 @@ def merge_splats(
     counts = share_among_links(np.bincount(link, minlength=links).astype(float), n)
     with torch.no_grad():
         parts = [
-            _merge(parameters.select(link_index == i).to("cpu", torch.float64), int(counts[i]), rng)
+            _merge(parameters.select(torch.eq(link_index, int(i))).to("cpu", torch.float64), int(counts[i]), rng)
             for i in np.flatnonzero(counts)
         ]
     merged = Parameters(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Parameters)))

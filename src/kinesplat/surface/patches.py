@@ -91,11 +91,11 @@ def cut_into_patches(
         mass = np.bincount(label, minlength=count)
         sums = np.stack([np.bincount(label, column, minlength=count) for column in features.T], axis=-1)
         centres = np.where(mass[:, None] > 0, sums / np.maximum(mass, 1)[:, None], centres)
-    nearest = np.arange(min(NEIGHBOURS, count)) + 1
-    distance, patch = KDTree(centres).query(features, k=nearest, workers=-1)
+    number = min(NEIGHBOURS, count)
+    distance, patch = (np.reshape(a, (-1, number)) for a in KDTree(centres).query(features, k=number, workers=-1))
     normal = centres[:, 3:] / np.maximum(np.linalg.norm(centres[:, 3:], axis=-1, keepdims=True), 1e-30)
     alike = np.einsum("mi,mki->mk", facing, normal[patch]) > LEAST_ALIKE
-    member, rank = np.nonzero(((distance < REACH * radius) & alike) | (nearest == 1))
+    member, rank = np.nonzero(((distance < REACH * radius) & alike) | (np.arange(number) == 0))
     return Partition(count, radius, patch[:, 0], member, patch[member, rank])
 
 

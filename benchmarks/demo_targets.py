@@ -59,7 +59,9 @@ def draw_camera(robot: ks.Robot, q: torch.Tensor, generator: torch.Generator) ->
     flat = math.cos(elevation)
     direction = (flat * math.cos(azimuth), flat * math.sin(azimuth), math.sin(elevation))
     Ts = robot.tree.forward_kinematics(q)
-    corners = [torch.from_numpy(m.vertices).float() @ Ts[m.link, :3, :3].T + Ts[m.link, :3, 3] for m in robot.link_meshes]
+    corners = [
+        torch.from_numpy(m.vertices).float() @ Ts[m.link, :3, :3].T + Ts[m.link, :3, 3] for m in robot.link_meshes
+    ]
     return ks.Camera.framing(torch.cat(corners), direction, width=SIZE, height=SIZE)
 
 

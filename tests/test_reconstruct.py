@@ -80,6 +80,16 @@ def test_joints_and_camera_together(kinearm: SelfModel) -> None:
     assert len(fit.variable_names) == kinearm.tree.dof + 6 == len(fit.covariance)
 
 
+def test_large_pictures_are_fitted_small_and_their_camera_comes_back_in_its_own_size(kinearm: SelfModel) -> None:
+    q, camera, _, _ = case(kinearm, 8)
+    large = camera.resized(600, 600)
+    out = kinearm.render(q, large)
+    fit = reconstruct(kinearm, out.rgb, large, masks=out.alpha, q_init=off(kinearm, q, 0.1, 8))
+    assert (fit.camera.width, fit.camera.height) == (600, 600)
+    torch.testing.assert_close(fit.camera.K, large.K)
+    assert (fit.q - q).abs().max() < 0.02
+
+
 def test_uint8_numpy_pictures_do_as_well(kinearm: SelfModel) -> None:
     q, camera, rgb, alpha = case(kinearm, 1)
     image = (rgb.detach() * 255).round().to(torch.uint8).numpy()

@@ -104,7 +104,7 @@ def reconstruct(
             bar.update(task, description=f"{level.px} px, {len(state.q)} starts")
             solutions.append(levenberg_marquardt(objective.linearize, state, iterations=level.iterations))
             bar.advance(task)
-    return _result(objective, solutions, parents, time.perf_counter() - began)
+    return _result(objective, observation.camera, solutions, parents, time.perf_counter() - began)
 
 
 def initial_states(
@@ -164,12 +164,13 @@ def _checked_camera(camera: Camera | None, K: Tensor | None) -> Camera:
 
 def _result(
     objective: PhotometricObjective,
+    camera: Camera,
     solutions: list[Solution[Configurations]],
     parents: list[Tensor],
     seconds: float,
 ) -> FitResult:
     last, seen = solutions[-1], objective.observation
-    hypotheses = distinct_hypotheses(last, seen.camera)
+    hypotheses = distinct_hypotheses(last, camera)
     best = int(last.linearization.loss.argmin())
     losses, path, level_starts = winning_path(solutions, parents, best)
     names = list(objective.model.tree.joint_names)

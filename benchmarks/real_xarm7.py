@@ -1,0 +1,60 @@
+"""Fit photographs of a real xArm7: `python benchmarks/real_xarm7.py FOLDER` (needs MENAGERIE_ROOT).
+
+FOLDER holds annotations.json (K [px], T_cam_base, joint angles [rad] per frame), image_*.png and mask_*.png. Every fit
+starts from the canonical configuration; the labels only score it. Pictures go to ./real_xarm7.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+import kinesplat as ks
+from kinesplat.files import read_image, read_mask
+from kinesplat.report import write_fit_pictures
+
+ROBOT = "ufactory_xarm7/xarm7_nohand.xml"
+
+
+def main(folder: Path) -> None:
+    labels = json.loads((folder / "annotations.json").read_text())
+    robot = ks.load_description(ROBOT)
+    model = ks.SelfModel.from_description(robot, n=20_000)
+    tree = model.tree
+    T_world_base = tree.forward_kinematics(tree.q_canonical)[tree.link_names.index("link_base")].float()
+    T_cam_world = torch.tensor(labels["T_cam_base"]) @ torch.linalg.inv(T_world_base)
+    camera = ks.Camera(torch.tensor(labels["K"]), T_cam_world, *labels["image_size"])
+    out = Path("real_xarm7")
+    out.mkdir(exist_ok=True)
+    print(
+        "| frame | start off [deg] | joints 1-6 off, mean [deg] | joint 7 off [deg] | mask IoU at the labels | mask IoU of the fit | verdict | s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for frame in labels["frames"]:
+        image, mask = read_image(folder / frame["image"]), read_mask(folder / frame["image"].replace("image", "mask"))
+        truth = torch.tensor(frame["q"])
+        fit = ks.reconstruct(model, image, camera, masks=mask)
+        degrees = (fit.q - truth).abs() * 180.0 / math.pi
+        start = ((tree.q_canonical - truth).abs() * 180.0 / math.pi)[:6].mean()
+        ious = [overlap(model.render(q, camera).alpha, mask) for q in (truth, fit.q)]
+        row = [
+            frame["image"],
+            f"{start:.0f}",
+            f"{degrees[:6].mean():.1f}",
+            f"{degrees[6]:.1f}",
+            *(f"{v:.3f}" for v in ious),
+        ]
+        print("| " + " | ".join([*row, fit.verdict, f"{fit.seconds:.1f}"]) + " |", flush=True)
+        write_fit_pictures(model, image, fit, out, Path(frame["image"]).stem)
+
+
+def overlap(alpha: torch.Tensor | None, mask: torch.Tensor) -> float:
+    """Intersection over union of two masks."""
+    assert alpha is not None
+    return (((alpha > 0.5) & (mask > 0.5)).sum() / ((alpha > 0.5) | (mask > 0.5)).sum()).item()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -10,7 +10,9 @@ import kinesplat
 PACKAGE = Path(kinesplat.__file__).parent
 LEVELS = [
     ["errors", "robots"],
-    ["couplings", "kinematics", "rotation_vectors", "twists", "camera", "gaussians", "files"],
+    [
+        "couplings", "kinematics", "product_of_exponentials", "rotation_vectors", "twists", "camera", "gaussians", "files",
+    ],  # fmt: skip
     ["description", "rasterizer"],
     ["surface", "skinning", "dataset"],
     ["model_file", "self_model"],

@@ -1,6 +1,7 @@
 """Joints that follow others: from the independent q to the coordinate of every joint of the tree."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int64
@@ -69,7 +70,7 @@ class Couplings:
             J = J.index_copy(-2, self.dependent[rows], slope[..., None] * J.index_select(-2, self.driver[rows]))
         return J
 
-    @property
+    @cached_property
     def _levels(self) -> list[slice]:
         counts = torch.unique_consecutive(self.level, return_counts=True)[1].tolist()
         ends = [sum(counts[: i + 1]) for i in range(len(counts))]

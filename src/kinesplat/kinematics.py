@@ -3,7 +3,6 @@
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int64, Num
@@ -11,12 +10,11 @@ from torch import Tensor
 
 from kinesplat.couplings import Couplings
 from kinesplat.errors import InputError, ModelFileError
-from kinesplat.rotation_vectors import cross_matrix, right_jacobian, rotation_matrix
+from kinesplat.product_of_exponentials import NodeConstants, posed_nodes, twists
+from kinesplat.rotation_vectors import cross_matrix
 
 JOINT_TYPES = ("fixed", "hinge", "slide", "ball")
 FIXED, HINGE, SLIDE, BALL = range(4)
-JUMP_LIMIT = 192
-"""Up to this many transforms in a batch, pointer jumping (few calls) beats going level by level (few products)."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class KinematicTree:
         """
         q, T_world_base = self._checked(q, T_world_base)
         nodes, theta, c = self._nodes(q, T_world_base)
-        J = _twists(nodes, theta, c).permute(1, 2, 0)[:, None] * c.moves[:, None]
+        J = twists(nodes, theta, c).permute(1, 2, 0)[:, None] * c.moves[:, None]
         J = J.reshape(*q.shape[:-1], *J.shape[1:])
         if len(self.couplings.dependent):
             return J @ c.couplings.jacobian(q)[..., None, :, :]
@@ -196,26 +194,25 @@ class KinematicTree:
         batch = torch.broadcast_shapes(q.shape[:-1], T_world_base.shape[:-2])
         return q.expand(*batch, self.dof), T_world_base.expand(*batch, 4, 4).reshape(-1, 4, 4)
 
-    def _nodes(self, q: Tensor, T_world_base: Tensor | None) -> "tuple[Tensor, Tensor, _Constants]":
+    def _nodes(self, q: Tensor, T_world_base: Tensor | None) -> tuple[Tensor, Tensor, NodeConstants]:
         """Poses ``(nodes, batch, 4, 4)`` of all nodes in the world, and the coordinates, the batch flattened."""
         c = self._constants(q)
         theta = c.couplings.coordinates_of(q).reshape(q.shape[:-1].numel(), self.couplings.coordinates)
-        nodes: Tensor = _NodeTransforms.apply(theta, c)  # pyright: ignore[reportAssignmentType]
-        if T_world_base is None and not c.base_matters:
-            return nodes, theta, c
-        moved = (c.T_world_base if T_world_base is None else T_world_base) @ nodes
-        if not c.all_on_base:
-            moved = torch.where(c.on_base[:, None, None, None], moved, nodes)
-        return moved, theta, c
+        T_inside = c.T_world_base if T_world_base is None else T_world_base
+        if not T_inside.requires_grad:
+            return posed_nodes(theta, T_inside, c), theta, c
+        nodes = posed_nodes(theta, c.identity, c)
+        moved = T_inside @ nodes
+        return moved if c.all_on_base else torch.where(c.on_base[:, None, None, None], moved, nodes), theta, c
 
-    def _constants(self, q: Tensor) -> "_Constants":
+    def _constants(self, q: Tensor) -> NodeConstants:
         key = (q.device, q.dtype)
         if key not in self._cache:
-            self._cache[key] = _Constants.of(self, *key)
+            self._cache[key] = _constants_of(self, *key)
         return self._cache[key]
 
     @cached_property
-    def _cache(self) -> "dict[tuple[torch.device, torch.dtype], _Constants]":
+    def _cache(self) -> dict[tuple[torch.device, torch.dtype], NodeConstants]:
         return {}
 
     @cached_property
@@ -230,131 +227,42 @@ _TENSORS = [name for name, kind in KinematicTree.__annotations__.items() if "Ten
 _COUPLING_TENSORS = [name for name, kind in Couplings.__annotations__.items() if "Tensor" in str(kind)]
 
 
-@dataclass(frozen=True)
-class _Constants:
-    """Arrays derived from a tree for one dtype and device; nodes sorted by depth."""
-
-    couplings: Couplings
-    basis: Float[Tensor, "nodes 4 16"]  # of 1, sin, 1 - cos and the coordinate itself: a node's transform
-    coordinate: Int64[Tensor, " nodes"]
-    balls: Int64[Tensor, " k"]
-    ball_coordinates: Int64[Tensor, "k 3"]
-    anchors: Float[Tensor, "k 3"]
-    screws: Float[Tensor, "coordinates 6"]
-    screw_node: Int64[Tensor, " coordinates"]
-    levels: tuple[tuple[int, int, Tensor], ...]
-    jumps: tuple[Tensor, ...]
-    below: Float[Tensor, "nodes nodes"]  # 1 where the column's node is the row's or hangs on it
-    moves: Float[Tensor, "links coordinates"]
-    link_node: Int64[Tensor, " links"]
-    T_world_base: Float[Tensor, "4 4"]
-    base_matters: bool
-    on_base: Bool[Tensor, " nodes"]
-    all_on_base: bool
-
-    @classmethod
-    def of(cls, tree: KinematicTree, device: torch.device, dtype: torch.dtype) -> "_Constants":
-        parents = tree.node_parent.tolist()
-        depth = [0] * len(parents)
-        for node in range(1, len(parents)):
-            depth[node] = depth[parents[node]] + 1
-        order = sorted(range(len(parents)), key=depth.__getitem__)
-        place = torch.tensor(order).argsort()
-        parent = place[tree.node_parent[order]]
-        below = torch.eye(len(order), dtype=torch.float64)
-        for node in range(len(order) - 1, 0, -1):
-            below[parent[node]] += below[node]
-        balls = (tree.node_type[order] == BALL).nonzero()[:, 0]
-        (screws, screw_node), link_node = _screws(tree, place), place[tree.link_node]
-        on_base = below[place[tree.base_node]] > 0
-        return cls(
-            couplings=tree.couplings.to(device, dtype),
-            basis=_basis(tree)[order].to(device, dtype),
-            coordinate=tree.node_coordinate[order].clamp(min=0).to(device),
-            balls=balls.to(device),
-            ball_coordinates=(tree.node_coordinate[order][balls, None] + torch.arange(3)).to(device),
-            anchors=tree.node_anchor[order][balls].to(device, dtype),
-            screws=screws.to(device, dtype),
-            screw_node=screw_node.to(device),
-            below=below.to(device, dtype),
-            moves=below[screw_node][:, link_node].T.to(device, dtype).contiguous(),
-            link_node=link_node.to(device),
-            T_world_base=tree.T_world_base.to(device, dtype),
-            on_base=on_base.to(device),
-            levels=_levels([depth[node] for node in order], parent, device),
-            jumps=_jumps(parent, max(depth), device),
-            base_matters=not torch.equal(tree.T_world_base, torch.eye(4, dtype=torch.float64)),
-            all_on_base=bool(on_base[link_node].all()),
-        )
-
-
-class _NodeTransforms(torch.autograd.Function):
-    """``theta (batch, coordinates)`` to ``(nodes, batch, 4, 4)`` poses of all nodes relative to the root.
-
-    Backward without a graph: the gradient of every node's pose is a wrench about the root's origin; wrenches add up
-    towards the root, and a joint's gradient is its twist times the wrench of all that hangs on it.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(theta: Tensor, c: _Constants) -> Tensor:
-        local = _local_transforms(theta, c)
-        nodes, batch = local.shape[:2]
-        if nodes * batch <= JUMP_LIMIT:
-            for jump in c.jumps:
-                local = local.index_select(0, jump) @ local
-            return local
-        T = torch.empty_like(local)
-        T[0] = local[0]
-        for start, end, parents in c.levels:
-            torch.matmul(T.index_select(0, parents), local[start:end], out=T[start:end])
-        return T
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, _Constants], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0], output)
-        ctx.constants = inputs[1]
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        theta, T = ctx.saved_tensors
-        c: _Constants = ctx.constants
-        M = T[..., :3, :] @ gradient[..., :3, :].mT
-        moment = torch.stack(
-            [M[..., 1, 2] - M[..., 2, 1], M[..., 2, 0] - M[..., 0, 2], M[..., 0, 1] - M[..., 1, 0]], -1
-        )
-        wrench = torch.cat([gradient[..., :3, 3], moment], dim=-1)
-        carried = (c.below @ wrench.flatten(1)).view_as(wrench)
-        return (_twists(T, theta, c) * carried.index_select(0, c.screw_node)).sum(-1).T, None
-
-
-def _local_transforms(theta: Tensor, c: _Constants) -> Tensor:
-    """``(nodes, batch, 4, 4)`` of every node in its parent."""
-    padded = theta if theta.shape[-1] else theta.new_zeros(len(theta), 1)
-    x = padded.T.index_select(0, c.coordinate)
-    local = (torch.stack([torch.ones_like(x), x.sin(), 1 - x.cos(), x], dim=-1) @ c.basis).unflatten(-1, (4, 4))
-    if len(c.balls):
-        R = rotation_matrix(theta.T[c.ball_coordinates].permute(0, 2, 1))
-        E = torch.zeros_like(local[c.balls])
-        E[..., :3, :3], E[..., 3, 3] = R, 1
-        E[..., :3, 3] = (c.anchors[:, None, :, None] - R @ c.anchors[:, None, :, None])[..., 0]
-        local = local.index_copy(0, c.balls, local[c.balls] @ E)
-    return local
-
-
-def _twists(T: Tensor, theta: Tensor, c: _Constants) -> Tensor:
-    """``(coordinates, batch, 6)`` twist [v; w] of a unit velocity of each coordinate, in the frame that T maps to."""
-    screws = c.screws[:, None].expand(-1, T.shape[1], -1)
-    if len(c.balls):
-        J = right_jacobian(theta.T[c.ball_coordinates].permute(0, 2, 1))
-        v = torch.linalg.cross(c.anchors[:, None, :, None].expand_as(J), J, dim=-2)
-        columns = torch.cat([v, J], dim=-2).permute(0, 3, 1, 2)
-        screws = screws.index_copy(0, c.ball_coordinates.flatten(), columns.flatten(0, 1))
-    frames = T.index_select(0, c.screw_node)
-    turned = frames[..., :3, :3] @ screws.unflatten(-1, (2, 3)).mT
-    v, w = turned.unbind(-1)
-    return torch.cat([v + torch.linalg.cross(frames[..., :3, 3], w), w], dim=-1)
+def _constants_of(tree: KinematicTree, device: torch.device, dtype: torch.dtype) -> NodeConstants:
+    """Derive, for one dtype and device, what the products of exponentials need."""
+    parents = tree.node_parent.tolist()
+    depth = [0] * len(parents)
+    for node in range(1, len(parents)):
+        depth[node] = depth[parents[node]] + 1
+    order = sorted(range(len(parents)), key=depth.__getitem__)
+    place = torch.tensor(order).argsort()
+    parent = place[tree.node_parent[order]]
+    below = torch.eye(len(order), dtype=torch.float64)
+    for node in range(len(order) - 1, 0, -1):
+        below[parent[node]] += below[node]
+    balls = (tree.node_type[order] == BALL).nonzero()[:, 0]
+    (screws, screw_node), link_node = _screws(tree, place), place[tree.link_node]
+    base, identity = int(place[tree.base_node]), torch.eye(4, dtype=dtype, device=device)
+    on_base = below[base] > 0
+    return NodeConstants(
+        couplings=tree.couplings.to(device, dtype),
+        basis=_basis(tree)[order].to(device, dtype),
+        coordinate=tree.node_coordinate[order].clamp(min=0).to(device),
+        balls=balls.to(device),
+        ball_coordinates=(tree.node_coordinate[order][balls, None] + torch.arange(3)).to(device),
+        anchors=tree.node_anchor[order][balls].to(device, dtype),
+        screws=screws.to(device, dtype),
+        screw_node=screw_node.to(device),
+        below=below.to(device, dtype),
+        moves=below[screw_node][:, link_node].T.to(device, dtype).contiguous(),
+        link_node=link_node.to(device),
+        T_world_base=tree.T_world_base.to(device, dtype) if base else identity,
+        on_base=on_base.to(device),
+        levels=_levels([depth[node] for node in order], parent, device),
+        jumps=_jumps(parent, max(depth), device),
+        identity=identity,
+        base_rows=slice(base, base + 1) if base else slice(1, sum(d == 1 for d in depth) + 1),
+        all_on_base=bool(on_base[link_node].all()),
+    )
 
 
 def _basis(tree: KinematicTree) -> Tensor:
@@ -387,8 +295,10 @@ def _screws(tree: KinematicTree, place: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _levels(depth: list[int], parent: Tensor, device: torch.device) -> tuple[tuple[int, int, Tensor], ...]:
-    bounds = [depth.index(level) for level in range(1, max(depth) + 1)] + [len(depth)]
-    return tuple((start, end, parent[start:end].to(device)) for start, end in pairwise(bounds))
+    """First and last row of every level, and the place of its parents in the level above."""
+    bounds = [depth.index(level) for level in range(max(depth) + 1)] + [len(depth)]
+    above = zip(bounds, bounds[1:], bounds[2:], strict=False)
+    return tuple((start, end, (parent[start:end] - first).to(device)) for first, start, end in above)
 
 
 def _jumps(parent: Tensor, depth: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -10,9 +10,8 @@ import kinesplat
 PACKAGE = Path(kinesplat.__file__).parent
 LEVELS = [
     ["errors", "robots"],
-    [
-        "couplings", "kinematics", "product_of_exponentials", "rotation_vectors", "twists", "camera", "gaussians", "files",
-    ],  # fmt: skip
+    ["couplings", "kinematics", "product_of_exponentials", "rotation_vectors", "twists"]
+    + ["camera", "gaussians", "files"],
     ["description", "rasterizer"],
     ["surface", "skinning", "dataset"],
     ["model_file", "self_model"],

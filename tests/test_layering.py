@@ -10,8 +10,16 @@ import kinesplat
 PACKAGE = Path(kinesplat.__file__).parent
 LEVELS = [
     ["errors", "robots"],
-    ["couplings", "kinematics", "product_of_exponentials", "rotation_vectors", "twists"]
-    + ["camera", "gaussians", "files"],
+    [
+        "couplings",
+        "product_of_exponentials",
+        "rotation_vectors",
+        "kinematics",
+        "twists",
+        "camera",
+        "gaussians",
+        "files",
+    ],
     ["description", "rasterizer"],
     ["surface", "skinning", "dataset"],
     ["model_file", "self_model"],

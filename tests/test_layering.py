@@ -21,8 +21,8 @@ LEVELS = [
         "files",
     ],
     ["description", "rasterizer"],
-    ["surface", "skinning", "dataset"],
-    ["model_file", "self_model"],
+    ["surface", "skinning", "dataset", "model_file"],
+    ["self_model"],
     ["inverse"],
     ["zoo", "demo", "benchmark", "report", "cli"],
 ]

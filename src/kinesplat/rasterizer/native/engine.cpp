@@ -1,5 +1,9 @@
 #include "engine.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <mutex>
@@ -87,6 +91,18 @@ void for_units(const Options &options, int count, const Pool::Work &work) {
 }
 
 size_t chunk_count(const Scene &s) { return (static_cast<size_t>(s.n) + kSplatChunk - 1) / kSplatChunk; }
+
+void *allocate_aligned(size_t bytes) {
+    constexpr size_t kLine = 64, kHugePage = size_t{1} << 21;
+    size_t alignment = bytes >= kHugePage ? kHugePage : kLine;
+    bytes = (bytes + alignment - 1) / alignment * alignment;
+    void *memory = std::aligned_alloc(alignment, bytes);
+    if (!memory) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    if (alignment == kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+    return memory;
+}
 
 Scratch &thread_scratch() {
     thread_local Scratch scratch;

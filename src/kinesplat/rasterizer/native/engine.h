@@ -48,6 +48,13 @@ struct NormalEquations {  // every one written whole
 };
 void normal_equations(const Scene &, const Options &, Frame &, const Target &, const NormalEquations &);
 
+// Shortest times of the stages on one thread [s], what the blending evaluated, and the frame's memory.
+struct StageTimes {
+    double prepare = 0, forward_blend = 0, backward_blend = 0, backward_splats = 0;
+    double lane_evaluations = 0, frame_bytes = 0;
+};
+StageTimes profile_stages(const Scene &, const Options &, int repeats);
+
 // Runs work(unit, thread) for units [0, count) on the shared pool.
 void for_units(const Options &, int count, const Pool::Work &work);
 

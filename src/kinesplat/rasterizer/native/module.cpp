@@ -226,6 +226,18 @@ NB_MODULE(_native, m) {
     m.def("normal_equations", &run_normal_equations, nb::arg("scene"), nb::arg("target"), nb::arg("loss"),
           nb::arg("gradient"), nb::arg("hessian"), nb::arg("threads"), nb::arg("level"),
           "Fills loss, gradient and hessian; returns what was wrong with the target, else an empty string.");
+    nb::class_<StageTimes>(m, "StageTimes")
+        .def_ro("prepare", &StageTimes::prepare)
+        .def_ro("forward_blend", &StageTimes::forward_blend)
+        .def_ro("backward_blend", &StageTimes::backward_blend)
+        .def_ro("backward_splats", &StageTimes::backward_splats)
+        .def_ro("lane_evaluations", &StageTimes::lane_evaluations)
+        .def_ro("frame_bytes", &StageTimes::frame_bytes);
+    m.def("profile_stages", [](const PyScene &s, const std::string &level, int repeats) {
+        Options options{&kernels_named(level), 1};
+        nb::gil_scoped_release release;
+        return profile_stages(s.scene, options, repeats);
+    }, nb::arg("scene"), nb::arg("level"), nb::arg("repeats"), "Times of the stages on one thread.");
     m.def("levels", &level_names, "SIMD levels that this machine can run, best first.");
     m.def("fma_peak", [](const std::string &level, double seconds) {
         const Kernels &k = kernels_named(level);

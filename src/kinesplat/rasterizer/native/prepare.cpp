@@ -73,9 +73,21 @@ void collect_and_sort(const Scene &s, ImageFrame &frame) {
     if (frame.bins.size() < bin_count(count)) frame.bins.resize(bin_count(count));
 }
 
+// Slots in the order of the records, so that the splats' backward pass reads them in sequence.
+void place_slots(const Scene &s, ImageFrame &frame) {
+    uint32_t slots = 0;
+    for (size_t chunk = 0; chunk < chunk_count(s); ++chunk) {
+        uint32_t first = static_cast<uint32_t>(chunk * kSplatChunk);
+        for (uint32_t i = first; i < first + frame.chunk_visible[chunk]; ++i) {
+            frame.slot_begin[i] = slots;
+            slots += frame.slot_count[i];
+        }
+    }
+}
+
 // Turns the bins' counts per tile into where each bin writes its first entry of each tile.
 void place_tiles(const Scene &s, ImageFrame &frame) {
-    uint32_t bins = bin_count(frame.visible), total = 0, slots = 0;
+    uint32_t bins = bin_count(frame.visible), total = 0;
     uint32_t *begin = frame.tile_begin.ensure(static_cast<size_t>(s.tiles()) + 1);
     for (int tile = 0; tile < s.tiles(); ++tile) {
         begin[tile] = total;
@@ -86,11 +98,8 @@ void place_tiles(const Scene &s, ImageFrame &frame) {
         }
     }
     begin[s.tiles()] = total;
-    for (uint32_t b = 0; b < bins; ++b) {
-        frame.bins[b].slot_base = slots;
-        slots += frame.bins[b].count;
-    }
-    frame.slot_total = slots;
+    frame.slot_total = total;
+    place_slots(s, frame);
     frame.entries.ensure(total + 64);  // staging looks ahead
     for (uint32_t i = 0; i < 64; ++i) frame.entries[total + i].record = 0;
     frame.staged.ensure(static_cast<size_t>(s.tiles()));
@@ -100,13 +109,13 @@ void place_tiles(const Scene &s, ImageFrame &frame) {
 
 void scatter_entries(ImageFrame &frame, uint32_t b) {
     Bin &bin = frame.bins[b];
+    uint32_t slot = 0, record = UINT32_MAX;
     for (uint32_t i = 0; i < bin.count; ++i) {
         const Candidate &c = bin.candidates[i];
-        frame.entries[bin.tile_counts[c.tile]++] = {c.record, bin.slot_base + i, c.u, c.v, c.mask};
+        slot = c.record == record ? slot + 1 : frame.slot_begin[c.record];
+        record = c.record;
+        frame.entries[bin.tile_counts[c.tile]++] = {c.record, slot, c.u, c.v, c.mask};
     }
-    uint32_t run = bin_run_length(frame.visible);
-    for (uint32_t i = b * run; i < std::min(frame.visible, (b + 1) * run); ++i)
-        frame.slot_begin[static_cast<uint32_t>(frame.keys[i])] += bin.slot_base;
 }
 
 // Work units of (image, part) pairs, where images have different numbers of parts.

@@ -160,7 +160,6 @@ KS_INLINE uint32_t blocks_inside(const Scene &s, int tx, int ty) {
                 counts[tile] += mask != 0;
                 total += mask != 0;
             }
-        frame.slot_begin[record] = first;
         frame.slot_count[record] = total - first;
     }
     bin.count = total;

@@ -10,6 +10,9 @@
 
 namespace kinesplat {
 
+// Aligned to a cache line; large blocks on huge pages where the system grants them. Throws std::bad_alloc.
+void *allocate_aligned(size_t bytes);
+
 // Memory that only grows, aligned to a cache line and not initialised.
 template <typename T>
 class Buffer {
@@ -17,10 +20,7 @@ public:
     T *ensure(size_t count) {
         if (count > capacity_) {
             size_t wanted = count + count / 4 + 64;
-            size_t bytes = (wanted * sizeof(T) + 63) / 64 * 64;
-            void *memory = std::aligned_alloc(64, bytes);
-            if (!memory) throw std::bad_alloc();
-            data_.reset(static_cast<T *>(memory));
+            data_.reset(static_cast<T *>(allocate_aligned(wanted * sizeof(T))));
             capacity_ = wanted;
         }
         return data_.get();
@@ -147,7 +147,7 @@ struct NormalSums {
 struct Bin {  // candidates of a run of depth-sorted splats, and how many fall into each tile
     Buffer<Candidate> candidates;
     Buffer<uint32_t> tile_counts;
-    uint32_t count = 0, slot_base = 0;
+    uint32_t count = 0;
 };
 
 struct ImageFrame {

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import trimesh
 
@@ -153,11 +154,37 @@ def assert_one_line(call: Callable[[], object], words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("case", URDF)
-def test_broken_urdf(folder: Path, case: str) -> None:
+def test_broken_urdf(folder: Path, case: str, capfd: pytest.CaptureFixture[str]) -> None:
     text, words = URDF[case]
     path = folder / "bad.urdf"
     path.write_text(text)
     assert_one_line(lambda: load_description(path), words)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", ["stl", "obj", "ply", "glb", "dae"])
+def test_damaged_meshes_load_or_are_refused(folder: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Random damage to a mesh file never surfaces as anything but a DescriptionError."""
+    rng = np.random.default_rng(0)
+    trimesh.creation.icosphere(subdivisions=1).export(folder / f"whole.{kind}")
+    whole = (folder / f"whole.{kind}").read_bytes()
+    path = folder / "bad.urdf"
+    path.write_text(mesh(f"damaged.{kind}"))
+    messages = []
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), size=rng.integers(1, 5)):
+            data[place] = rng.integers(0, 256)
+        start = rng.integers(0, len(data))
+        del data[start : start + rng.integers(0, 80)]
+        (folder / f"damaged.{kind}").write_bytes(bytes(data))
+        try:
+            load_description(path)
+        except DescriptionError as error:
+            messages.append(str(error))
+    assert len(messages) > 5
+    assert not any("\n" in message for message in messages)
+    assert capfd.readouterr() == ("", "")
 
 
 BODY = '<mujoco><worldbody><body name="b">{}<geom size="1"/></body></worldbody>{}</mujoco>'

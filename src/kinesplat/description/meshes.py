@@ -2,9 +2,12 @@
 
 import hashlib
 import io
+import logging
 import re
 import struct
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,8 @@ _DAE_SAMPLER = re.compile(rb"<newparam\b[^>]*>\s*<(?:surface|sampler2D)\b.*?</ne
 _DAE_GREY = b"<color>0.7 0.7 0.7 1</color>"
 _LOADER_ERRORS = (
     ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, NotImplementedError, EOFError,
-    OSError, SyntaxError, ArithmeticError, RuntimeError, struct.error, MemoryError,
-    Image.DecompressionBombError, collada.DaeError,
+    OSError, SyntaxError, NameError, ArithmeticError, RuntimeError, struct.error, MemoryError,
+    Image.DecompressionBombError, Image.DecompressionBombWarning, collada.DaeError,
 )  # fmt: skip
 
 
@@ -58,7 +61,7 @@ def load_texture(path: Path) -> np.ndarray:
         DescriptionError: the file is missing or no picture.
     """
     try:
-        with Image.open(path) as image:
+        with _quiet_readers(), Image.open(path) as image:
             return _pixels(image)
     except _LOADER_ERRORS as error:
         raise DescriptionError(f"{path}: not a picture that can be read ({_one_line(error)})") from error
@@ -79,15 +82,9 @@ def _content(path: Path) -> bytes:
 def _read(path: Path, content: bytes, suffix: str, beside: "_FilesBeside") -> Pieces:
     if suffix == ".dae" and (b"<!DOCTYPE" in content or b"<!ENTITY" in content or b"\0" in content[:64]):
         raise DescriptionError(f"{path}: XML with a document type, entities or a two-byte encoding is refused")
-    lost: list[str] = []
     try:
-        scene = _scene(content, suffix, beside)
-        if suffix == ".dae" and (lost := _lost_geometries(content, scene)):
-            plain = _DAE_TEXTURE.sub(_DAE_GREY, _DAE_SAMPLER.sub(b"", content))
-            scene = _scene(plain, suffix, beside)
-            lost = _lost_geometries(content, scene) or ["textures"]
-        with np.errstate(invalid="ignore"):
-            pieces = tuple(_pieces_of(scene, suffix))
+        with _quiet_readers():
+            pieces, lost = _parsed(content, suffix, beside)
     except _LOADER_ERRORS as error:
         raise DescriptionError(f"{path}: broken {suffix[1:].upper()} mesh ({_one_line(error)})") from error
     if not pieces:
@@ -99,6 +96,32 @@ def _read(path: Path, content: bytes, suffix: str, beside: "_FilesBeside") -> Pi
     broken = [f"{path.name} has broken references; left out: {', '.join(lost)}"] if lost else []
     y_up = suffix == ".dae" and b"<up_axis>Y_UP" in content
     return Pieces(pieces, dict(beside.used), (*missing, *broken), y_up)
+
+
+def _parsed(content: bytes, suffix: str, beside: "_FilesBeside") -> tuple[tuple[Piece, ...], list[str]]:
+    """Pieces of a mesh file, and what of it got lost to broken references."""
+    lost: list[str] = []
+    scene = _scene(content, suffix, beside)
+    if suffix == ".dae" and (lost := _lost_geometries(content, scene)):
+        plain = _DAE_TEXTURE.sub(_DAE_GREY, _DAE_SAMPLER.sub(b"", content))
+        scene = _scene(plain, suffix, beside)
+        lost = _lost_geometries(content, scene) or ["textures"]
+    return tuple(_pieces_of(scene, suffix)), lost
+
+
+@contextmanager
+def _quiet_readers() -> Iterator[None]:
+    """Keep the readers from logging and warning about files that are then refused, or repaired, in one line."""
+    logger = logging.getLogger("trimesh")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _scene(content: bytes, suffix: str, beside: "_FilesBeside") -> trimesh.Scene:

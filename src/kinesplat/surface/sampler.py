@@ -27,7 +27,7 @@ from kinesplat.surface.patches import (
 from kinesplat.surface.visibility import seen_from_outside
 
 POINTS_PER_SPLAT = 16
-LEAST_POINTS = 200_000
+LEAST_POINTS = 160_000
 AREA_EXPONENT = 0.8
 """Below 1, small links (fingers, say) get finer splats than large ones."""
 

@@ -17,6 +17,7 @@ from scipy.interpolate import CubicSpline
 from scipy.spatial.transform import Rotation
 
 from kinesplat.description.equalities import Follow
+from kinesplat.description.frames import transform
 from kinesplat.kinematics import KinematicTree
 
 SEGMENTS = 96
@@ -71,7 +72,7 @@ def pins_of(model: mujoco.MjModel) -> list[Pin]:
             continue
         fixed = kind == int(mujoco.mjtEq.mjEQ_WELD)
         if by_site:
-            frames = tuple(_frame(model.site_pos[i], model.site_quat[i]) for i in ids)
+            frames = tuple(transform(model.site_pos[i], model.site_quat[i]) for i in ids)
         else:
             frames = _pin_frames(model.eq_data[equality], fixed)
         name = model.equality(int(equality)).name or " and ".join(model.body(b).name for b in bodies)
@@ -105,19 +106,12 @@ def solve_linkages(tree: KinematicTree, pins: list[Pin], passive: Passive, start
     return Solved(rows, limits, warnings)
 
 
-def _frame(position: np.ndarray, quaternion: np.ndarray) -> Float[np.ndarray, "4 4"]:
-    T = np.eye(4)
-    T[:3, :3] = Rotation.from_quat(quaternion, scalar_first=True).as_matrix()
-    T[:3, 3] = position
-    return T
-
-
 def _pin_frames(data: np.ndarray, fixed: bool) -> tuple[np.ndarray, np.ndarray]:
     """Frames of the pin in both bodies from MuJoCo's ``eq_data``."""
     identity = np.array([1.0, 0.0, 0.0, 0.0])
     if not fixed:
-        return _frame(data[:3], identity), _frame(data[3:6], identity)
-    return _frame(data[3:6], data[6:10]), np.eye(4)
+        return transform(data[:3], identity), transform(data[3:6], identity)
+    return transform(data[3:6], data[6:10]), np.eye(4)
 
 
 def _loops(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kinesplat.couplings import Couplings
 from kinesplat.description.equalities import couplings_of, joint_equalities
+from kinesplat.description.frames import rotation_of, transform
 from kinesplat.description.linkages import Passive, Solved, pins_of, solve_linkages
 from kinesplat.errors import DescriptionError
 from kinesplat.kinematics import BALL, FIXED, HINGE, SLIDE, KinematicTree
@@ -84,14 +85,6 @@ def joint_name(model: mujoco.MjModel, joint: int) -> str:
     body = int(model.jnt_bodyid[joint])
     number = joint - int(model.body_jntadr[body])
     return model.joint(joint).name or f"{body_name(model, body)}_joint{number or ''}"
-
-
-def transform(position: np.ndarray, quaternion: np.ndarray) -> Float[np.ndarray, "4 4"]:
-    """``(4, 4)`` from a position [m] and a wxyz quaternion."""
-    T = np.eye(4)
-    T[:3, :3] = Rotation.from_quat(quaternion, scalar_first=True).as_matrix()
-    T[:3, 3] = position
-    return T
 
 
 def tree_of(model: mujoco.MjModel) -> MujocoTree:
@@ -243,7 +236,7 @@ def _canonical_qpos(model: mujoco.MjModel) -> Float[np.ndarray, " nq"]:
 def _coordinate_value(qpos: np.ndarray, coordinate: _Coordinate) -> float:
     if coordinate.kind != BALL:
         return float(qpos[coordinate.qpos])
-    vector = Rotation.from_quat(qpos[coordinate.qpos : coordinate.qpos + 4], scalar_first=True).as_rotvec()
+    vector = rotation_of(qpos[coordinate.qpos : coordinate.qpos + 4]).as_rotvec()
     return float(vector["xyz".index(coordinate.name[-1])])
 
 

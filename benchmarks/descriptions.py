@@ -137,24 +137,48 @@ def write_section(lines: list[str]) -> None:
     RESULTS.write_text(text.rstrip() + "\n")
 
 
-def main(n: int = 10_000, images: int = 3, configurations: int = 5, only: str = "", write: bool = False) -> None:
-    """Measure, print, and on request write the section of docs/results.md; `only` filters by name."""
+def main(
+    n: int = 10_000,
+    images: int = 3,
+    configurations: int = 5,
+    only: str = "",
+    rows: Path | None = None,
+    write: bool = False,
+) -> None:
+    """Measure and print; on request write the section of docs/results.md.
+
+    Args:
+        only: take descriptions with this in their name.
+        rows: file that keeps finished rows, so that a stopped run goes on where it was.
+        write: write the section.
+    """
     torch.manual_seed(0)
-    lines, refused = [*HEADER.splitlines()], []
-    for name, path in files():
-        if only not in name:
-            continue
-        try:
-            lines.append(measure(name, path, n, images, configurations).markdown())
-            print(lines[-1], flush=True)
-        except KinesplatError as error:
-            refused.append(f"- {name}: {str(error).replace(str(path), path.name)[:200]}")
-            print(refused[-1], flush=True)
+    done = rows.read_text().splitlines() if rows is not None and rows.exists() else []
+    lines = []
+    for name, path in ((name, path) for name, path in files() if only in name):
+        line = next((d for d in done if d.startswith((f"| {name} |", f"- {name}: "))), None)
+        if line is None:
+            line = outcome(name, path, n, images, configurations)
+            print(line, flush=True)
+            if rows is not None:
+                with rows.open("a") as file:
+                    file.write(line + "\n")
+        lines.append(line)
     if write:
         load = f"machine load {os.getloadavg()[0]:.1f}"
         threads = torch.get_num_threads()
         note = NOTE.format(n=n, images=images, configurations=configurations, threads=threads, load=load)
-        write_section([*note.splitlines(), "", *lines, "", "Refused:", "", *refused])
+        table = [line for line in lines if line.startswith("|")]
+        refused = [line for line in lines if line.startswith("-")]
+        write_section([*note.splitlines(), "", *HEADER.splitlines(), *table, "", "Refused:", "", *refused])
+
+
+def outcome(name: str, path: Path, n: int, images: int, configurations: int) -> str:
+    """A row of the table, or a line that says why the description is refused."""
+    try:
+        return measure(name, path, n, images, configurations).markdown()
+    except KinesplatError as error:
+        return f"- {name}: {str(error).replace(str(path), path.name)[:200]}"
 
 
 if __name__ == "__main__":

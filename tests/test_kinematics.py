@@ -11,6 +11,8 @@ from scipy.spatial.transform import Rotation
 
 from kinesplat.couplings import Couplings
 from kinesplat.description import Robot, load_description, mujoco_qpos
+from kinesplat.description.mujoco_tree import tree_of
+from kinesplat.description.sources import Options, loaded
 from kinesplat.errors import InputError, ModelFileError
 from kinesplat.kinematics import KinematicTree
 
@@ -162,7 +164,7 @@ def test_answers_in_the_dtype_of_q() -> None:
 @pytest.mark.parametrize("seed", [1, 2, 5, 8, 11])
 def test_gradients(seed: int) -> None:
     tree = random_robot(seed).tree
-    q, T = random_q(tree, 2).requires_grad_(), random_transforms(2).requires_grad_()
+    q, T = random_q(tree, 1).requires_grad_(), random_transforms(1).requires_grad_()
     assert torch.autograd.gradcheck(tree.forward_kinematics, (q, T))
 
 
@@ -302,14 +304,20 @@ def test_equals_mujoco_on_every_menagerie_robot(shared: Path) -> None:
     files = [f for f in model_files(shared) if "scene" not in f.stem]
     assert len(files) >= 20
     for file in files:
-        assert_matches_mujoco(load_description(file), 3)
+        assert_matches_mujoco(without_surface(file), 3)
 
 
 @pytest.mark.slow
 def test_equals_mujoco_on_every_menagerie_scene(shared: Path) -> None:
     for file in model_files(shared):
         if "scene" in file.stem:
-            assert_matches_mujoco(load_description(file), 3)
+            assert_matches_mujoco(without_surface(file), 3)
+
+
+def without_surface(file: Path) -> Robot:
+    model = loaded(file, Options()).compile()
+    found = tree_of(model)
+    return Robot(file.stem, found.tree, (), "", str(file), model, found.coordinate_qpos, found.base_qpos)
 
 
 def model_files(shared: Path) -> list[Path]:

@@ -115,7 +115,11 @@ def render(
     device_of(common)
     loaded = load_model(model)
     joints = loaded.tree.q_canonical.float() if q is None else torch.tensor(q)
-    view = Camera.framing(loaded.posed(joints).means, width=size, height=size) if camera is None else Camera.from_json(camera)
+    view = (
+        Camera.framing(loaded.posed(joints).means, width=size, height=size)
+        if camera is None
+        else Camera.from_json(camera)
+    )
     loaded.check_camera(joints, view)
     image = loaded.render(joints, view, background, outputs=("rgb", "alpha", "depth", "link_id"))
     written = [write_png(output, image.rgb)]
@@ -139,7 +143,8 @@ def reconstruct(
     mask: tuple[Path, ...] = (),
     q_init: tuple[float, ...] | None = None,
     optimize_camera: bool = False,
-    starts: int = 8,
+    starts: int | None = None,
+    colour_weight: float = 1.0,
     output: Output = Path("reconstruct"),
     *,
     common: CommonOptions = Common(),
@@ -153,9 +158,10 @@ def reconstruct(
         images: picture files.
         camera: JSON file with K, T_cam_world, width, height (lists of them for several views).
         mask: one mask per picture, white on the robot; without masks the background must be of one colour.
-        q_init: joint values to start from; default: the canonical configuration.
+        q_init: joint values to start from, right within about 0.3 rad; default: search all configurations.
         optimize_camera: also move the camera, starting from the given one.
-        starts: number of starts around q_init.
+        starts: number of starts that are optimised; default 16, or 48 without q_init.
+        colour_weight: weight of the colours against the mask; 0.1 for photographs whose light is not a headlight.
         output: folder for the results; created if needed.
     """
     device_of(common)
@@ -169,6 +175,7 @@ def reconstruct(
         masks=masks,
         optimize_camera=optimize_camera,
         starts=starts,
+        colour_weight=colour_weight,
         q_init=None if q_init is None else torch.tensor(q_init),
         seed=common.seed,
         progress=err.is_terminal,

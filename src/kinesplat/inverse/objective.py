@@ -94,18 +94,21 @@ class PhotometricObjective:
             loss = loss + self.alpha_weight * (seen.mask**2).mean()
         return loss.item()
 
-    def residuals(self, at: Configurations) -> Float[Tensor, "batch m"]:
-        """``(batch, residual_count)`` weighted differences; their sum of squares is the loss."""
+    def difference(self, at: Configurations) -> Float[Tensor, "batch views height width c"]:
+        """Weighted differences of RGB and, where there is a mask, alpha; squared and averaged they are the loss."""
         seen = self.observation
         camera = Camera(seen.camera.K, at.T_cam_world, seen.camera.width, seen.camera.height)
         outputs = ("rgb",) if seen.mask is None else ("rgb", "alpha")
         out = self.model.render(at.q[:, None], camera, seen.background, outputs=outputs)
-        pixels = math.sqrt(seen.rgb[..., 0].numel())
-        parts = [(out.rgb - seen.rgb).flatten(1) * (math.sqrt(self.colour_weight) / pixels)]
-        if seen.mask is not None:
-            assert out.alpha is not None
-            parts.append((out.alpha - seen.mask).flatten(1) * (math.sqrt(self.alpha_weight) / pixels))
-        return torch.cat(parts, dim=1)
+        rgb = (out.rgb - seen.rgb) * math.sqrt(self.colour_weight)
+        if out.alpha is None or seen.mask is None:
+            return rgb
+        alpha = (out.alpha - seen.mask)[..., None] * math.sqrt(self.alpha_weight)
+        return torch.cat([rgb, alpha], dim=-1)
+
+    def residuals(self, at: Configurations) -> Float[Tensor, "batch m"]:
+        """``(batch, residual_count)`` weighted differences; their sum of squares is the loss."""
+        return self.difference(at).flatten(1) / math.sqrt(self.observation.rgb[..., 0].numel())
 
     def linearize(self, at: Configurations) -> Linearization:
         """Loss, gradient and Gauss-Newton Hessian, exact, without a dense Jacobian."""

@@ -1,4 +1,4 @@
-"""From pixels to joints (and camera): several starts, coarse to fine, Levenberg-Marquardt at every image size."""
+"""From pixels to joints (and camera): many starts, coarse to fine, Levenberg-Marquardt at every image size."""
 
 import time
 from dataclasses import dataclass, replace
@@ -14,32 +14,43 @@ from kinesplat.inverse.levenberg_marquardt import Solution, levenberg_marquardt
 from kinesplat.inverse.objective import Configurations, PhotometricObjective
 from kinesplat.inverse.observation import ImageLike, Observation
 from kinesplat.inverse.result import FitResult, Hypothesis, covariance_of
+from kinesplat.inverse.search import search, with_aliases
 from kinesplat.self_model import SelfModel
 
 
 @dataclass(frozen=True)
 class Level:
-    """One image size of the coarse-to-fine search.
+    """One stage of the coarse-to-fine search.
 
     Attributes:
         px: longer image side [px].
         splats: size of the model that is rendered.
         iterations: Levenberg-Marquardt steps at most.
         kept: share of the starts that enter this level.
+        aliases: whether aliases of the best four fill it up.
     """
 
     px: int
     splats: int
     iterations: int
     kept: float
+    aliases: bool = False
 
 
-LEVELS = (
+NEAR_LEVELS = (
     Level(32, 1_000, 12, 1.0),
     Level(64, 3_000, 12, 0.5),
     Level(128, 3_000, 10, 0.25),
     Level(256, 1_000_000, 10, 0.125),
 )
+GLOBAL_LEVELS = (
+    Level(32, 1_000, 12, 1.0),
+    Level(64, 3_000, 12, 0.35),
+    Level(64, 3_000, 12, 0.5, aliases=True),
+    Level(128, 3_000, 10, 0.125),
+    Level(256, 1_000_000, 10, 0.065),
+)
+NEAR_STARTS, GLOBAL_STARTS = 16, 48
 SCREENED = 1_024
 SCREEN_CHUNK = 256
 START_SPREAD_RAD = 0.45
@@ -58,14 +69,17 @@ def reconstruct(
     masks: ImageLike | None = None,
     q_init: Float[Tensor, "*starts dof"] | None = None,
     optimize_camera: bool = False,
-    starts: int = 16,
+    starts: int | None = None,
+    colour_weight: float = 1.0,
     seed: int = 0,
     progress: bool = False,
 ) -> FitResult:
     """Recover the configuration (and, on request, the cameras) that explains the images (paper, eq. 8).
 
-    Looks at `q_init` and a thousand random neighbours within 0.45 rad of it at 32 px, takes the best of them as starts,
-    and sharpens the survivors up to 256 px along the longer image side. Joint limits are respected.
+    With `q_init`: looks at it and a thousand random neighbours within 0.45 rad of it at 32 px and takes the best of
+    them as starts. Without: searches the whole range of the joints (`kinesplat.inverse.search`), aliases included,
+    which takes some twenty thousand small renderings. Either way the survivors are sharpened by Levenberg-Marquardt up
+    to 256 px along the longer image side. Joint limits are respected.
 
     Args:
         model: self-model of the robot.
@@ -74,11 +88,12 @@ def reconstruct(
         K: ``(3, 3)`` intrinsics [px] that replace those of `camera`.
         masks: ``(height, width)`` or ``(views, height, width)``, 1 on the robot. Without masks the background must be
             of one colour.
-        q_init: ``(dof,)`` start, or ``(m, dof)`` several, which get no neighbours [rad]/[m]; default: the canonical
-            configuration.
+        q_init: ``(dof,)`` start, or ``(m, dof)`` several, which get no neighbours [rad]/[m]; default: no idea.
         optimize_camera: also move every camera, six numbers a view.
-        starts: number of starts that are optimised; with 1, `q_init` gets no neighbours.
-        seed: of the random neighbours.
+        starts: number of starts that are optimised; default 16, or 48 without `q_init`. With 1, `q_init` gets no
+            neighbours.
+        colour_weight: weight of the colours against the mask; 0.1 for photographs whose light is not a headlight.
+        seed: of the random starts.
         progress: show a progress bar on the terminal.
 
     Raises:
@@ -86,25 +101,42 @@ def reconstruct(
     """
     began = time.perf_counter()
     observation = Observation.create(images, masks, _checked_camera(camera, K))
-    long_side = max(observation.rgb.shape[1:3])
-    levels = [level for level in LEVELS if level.px <= long_side] or [replace(LEVELS[-1], px=long_side)]
+    near = q_init is not None
+    starts = (NEAR_STARTS if near else GLOBAL_STARTS) if starts is None else starts
     state = initial_states(model, observation, q_init, starts, seed, optimize_camera)
     model.check_camera(state.q[0], observation.camera)
+    levels = _levels(near, observation)
+    objectives = [
+        PhotometricObjective(model.subsample(level.splats), observation.resized(level.px), colour_weight)
+        for level in levels
+    ]
     solutions: list[Solution[Configurations]] = []
     parents: list[Tensor] = []
     with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("screening starts", total=len(levels))
-        for level in levels:
-            objective = PhotometricObjective(model.subsample(level.splats), observation.resized(level.px))
-            if not solutions:
+        task = bar.add_task("looking for starts", total=len(levels))
+        for level, objective in zip(levels, objectives, strict=True):
+            if solutions:
+                kept = survivors(solutions[-1], 4 if level.aliases else max(2, round(starts * level.kept)))
+                state = solutions[-1].state.select(kept)
+                if level.aliases:
+                    state = with_aliases(objective, state, max(4, round(starts * level.kept)))
+                    kept = torch.cat([kept, kept.new_zeros(len(state.q) - len(kept))])
+                parents.append(kept)
+            elif near:
                 state = screened(objective, state, starts)
             else:
-                parents.append(survivors(solutions[-1], max(2, round(starts * level.kept))))
-                state = solutions[-1].state.select(parents[-1])
+                state = search(objective, state, starts, torch.Generator().manual_seed(seed))
             bar.update(task, description=f"{level.px} px, {len(state.q)} starts")
             solutions.append(levenberg_marquardt(objective.linearize, state, iterations=level.iterations))
             bar.advance(task)
-    return _result(objective, observation.camera, solutions, parents, time.perf_counter() - began)
+    return _result(objectives[-1], observation.camera, solutions, parents, time.perf_counter() - began)
+
+
+def _levels(near: bool, observation: Observation) -> list[Level]:
+    """The stages that the size of the images allows; small images have one."""
+    long_side = max(observation.rgb.shape[1:3])
+    levels = NEAR_LEVELS if near else GLOBAL_LEVELS
+    return [level for level in levels if level.px <= long_side] or [replace(levels[-1], px=long_side, kept=1.0)]
 
 
 def initial_states(
@@ -115,7 +147,7 @@ def initial_states(
     seed: int,
     camera_free: bool,
 ) -> Configurations:
-    """The configurations to screen: those given, or one and its random neighbours within 0.45 rad.
+    """The configurations to begin with: the canonical one, those given, or the given one and its neighbours.
 
     Raises:
         InputError: `starts` is below 1, or `q_init` has the wrong size or holds NaN.
@@ -128,7 +160,9 @@ def initial_states(
         raise InputError(f"q_init has shape {tuple(q.shape)}; expected ({tree.dof},) or (starts, {tree.dof})")
     q = q.float()
     tree.coordinates(q)  # raises on a wrong size or NaN
-    if q.dim() == 1:
+    if q.dim() == 1 and q_init is None:
+        q = q[None]
+    elif q.dim() == 1:
         noise = torch.rand(SCREENED if starts > 1 else 1, tree.dof, generator=torch.Generator().manual_seed(seed))
         noise = 2.0 * noise - 1.0
         noise[0] = 0.0

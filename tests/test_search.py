@@ -1,0 +1,85 @@
+"""The global search and its alias moves."""
+
+import math
+
+import pytest
+import torch
+
+from kinesplat.camera import Camera
+from kinesplat.inverse import reconstruct
+from kinesplat.inverse.search import AliasMoves, best_distinct, blurred, children, one_turn
+from kinesplat.self_model import SelfModel
+
+
+def test_alias_moves_are_half_turns_and_mirrored_triples(kinearm: SelfModel) -> None:
+    tree = kinearm.tree
+    moves = AliasMoves.of(tree)
+    hinges = sum(kind == "hinge" for kind in tree.joint_types)
+    assert len(moves.sign) == hinges + 2 * (hinges - 2)
+    q = (tree.q_canonical + 0.1).float()[None]
+    changed = (moves.apply_all(q) - q).abs() > 1e-6
+    assert (changed.sum(dim=1) <= 3).all()
+    slides = torch.tensor([kind == "slide" for kind in tree.joint_types])
+    assert not changed[:, slides].any()
+
+
+def test_twice_a_half_turn_is_no_turn(kinearm: SelfModel) -> None:
+    moves = AliasMoves.of(kinearm.tree)
+    q = kinearm.tree.q_canonical.float() + 0.3 * torch.randn(20, kinearm.tree.dof)
+    for move in range(len(moves.sign)):
+        index = torch.full((20,), move)
+        twice = moves.apply(moves.apply(q, index), index)
+        turns = (twice - q) / (2 * math.pi)
+        torch.testing.assert_close(turns, turns.round(), atol=1e-5, rtol=0)
+
+
+def test_the_search_range_is_one_turn_within_the_limits(kinearm: SelfModel) -> None:
+    lower, upper = one_turn(kinearm.tree)
+    assert (lower >= kinearm.tree.q_lower - 1e-6).all()
+    assert (upper <= kinearm.tree.q_upper + 1e-6).all()
+    assert (upper - lower <= 2 * math.pi + 1e-5).all()
+
+
+def test_children_stay_within_the_limits_and_keep_some_joints(kinearm: SelfModel) -> None:
+    tree = kinearm.tree
+    q = tree.clamp(tree.q_canonical.float() + 0.5 * torch.randn(10, tree.dof))
+    young = children(q, tree, AliasMoves.of(tree), 0.5, torch.Generator().manual_seed(0))
+    assert (young >= tree.q_lower - 1e-5).all()
+    assert (young <= tree.q_upper + 1e-5).all()
+    same = (young == q[torch.arange(len(young)) % 10]).float().mean()
+    assert 0.3 < same < 0.9
+
+
+def test_best_distinct_keeps_the_best_of_every_cluster() -> None:
+    centres = torch.randn(5, 3) * 10
+    q = (centres[:, None] + 0.01 * torch.randn(5, 40, 3)).flatten(0, 1)
+    losses = torch.rand(200)
+    kept = best_distinct(q, losses, 50, torch.full((3,), 0.5))
+    assert (losses[kept].diff() >= 0).all()
+    assert kept[0] == losses.argmin()
+    assert len(kept) == 5
+    for cluster in kept // 40:
+        members = slice(int(cluster) * 40, int(cluster) * 40 + 40)
+        assert losses[members].min() == losses[kept[kept // 40 == cluster]].item()
+
+
+def test_blurring_keeps_the_sum_and_spreads_a_point_as_a_gaussian() -> None:
+    image = torch.zeros(1, 1, 31, 31, 1, dtype=torch.float64)
+    image[0, 0, 15, 15, 0] = 1.0
+    out = blurred(image, 2.0)[0, 0, :, :, 0]
+    x = torch.arange(31, dtype=torch.float64) - 15
+    torch.testing.assert_close(out.sum(), torch.tensor(1.0, dtype=torch.float64))
+    assert abs((out.sum(dim=0) * x**2).sum().item() - 4.0) < 0.4
+
+
+@pytest.mark.slow
+def test_joints_are_found_without_any_start(kinearm: SelfModel) -> None:
+    tree, solved = kinearm.tree, 0
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        q = (tree.q_lower + (tree.q_upper - tree.q_lower) * torch.rand(tree.dof, generator=generator)).float()
+        camera = Camera.framing(kinearm.posed(q).means, (1.0, 0.4, 0.5))
+        out = kinearm.render(q, camera)
+        fit = reconstruct(kinearm, out.rgb, camera, masks=out.alpha, seed=seed)
+        solved += bool((fit.q - q).abs().max() < 0.05)
+    assert solved >= 4

@@ -32,7 +32,8 @@ NOTE = """Every MJCF file of the robots at hand (not the scenes), and every URDF
 4x4 against MuJoCo (MJCF) or yourdfpy (URDF) over {configurations} random configurations, float64. IoU: masks of
 `SelfModel.from_description(robot, n={n})` against `mujoco_warp`, {images} random configurations and cameras at
 256 x 256 px. Load and bind (surface sampling) in seconds, {threads} threads, mesh cache warm, {load}. Coupled: joints
-that follow others (mimic, joint equality, closed linkage). Refused files are listed with the reason. Repeat with
+that follow others (mimic, joint equality, closed linkage). Names as `x_description/y.urdf` are of the package
+example-robot-data. Refused files are listed with the reason. Repeat with
 
     MENAGERIE_ROOT=... KINESPLAT_SHARED=... python benchmarks/descriptions.py --n {n} --images {images} --write
 """
@@ -72,7 +73,7 @@ def files() -> list[tuple[str, Path]]:
         found += [(f"urdf: {f.name}", f) for f in sorted((Path(shared) / "urdf").rglob("*.urdf"))]
     for entry in sys.path:
         robots = Path(entry) / "cmeel.prefix" / "share" / "example-robot-data" / "robots"
-        found += [(f"example-robot-data: {f.name}", f) for f in sorted(robots.rglob("*.urdf"))]
+        found += [(f"{f.relative_to(robots).parts[0]}/{f.name}", f) for f in sorted(robots.rglob("*.urdf"))]
     return found
 
 

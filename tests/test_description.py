@@ -118,6 +118,8 @@ def assert_colours_match_the_renderer(robot: Robot) -> None:
         eye = centre + 3.0 * radius * np.array(direction)
         camera = Camera.look_at(eye.tolist(), centre.tolist(), width=256, height=256)
         image = Capture(robot, samples=1).render(q.float(), camera)
+        assert image.depth is not None
+        assert image.rgb is not None
         pixels, depth = camera.project(torch.from_numpy(points).float())
         column, row = pixels.long().clamp(0, 255).unbind(-1)
         view = camera.T_cam_world[2, :3].double().numpy()

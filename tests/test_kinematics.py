@@ -77,7 +77,8 @@ def random_q(tree: KinematicTree, *batch: int) -> torch.Tensor:
 
 def random_transforms(*batch: int) -> torch.Tensor:
     T = torch.eye(4, dtype=torch.float64).repeat(*batch, 1, 1)
-    rotations = Rotation.random(int(np.prod(batch)), random_state=0).as_matrix().reshape(*batch, 3, 3)
+    quaternions = np.random.default_rng(0).normal(size=(int(np.prod(batch)), 4))
+    rotations = Rotation.from_quat(quaternions).as_matrix().reshape(*batch, 3, 3)
     T[..., :3, :3] = torch.from_numpy(rotations)
     T[..., :3, 3] = torch.randn(*batch, 3, dtype=torch.float64)
     return T

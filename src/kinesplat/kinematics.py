@@ -17,7 +17,7 @@ JOINT_TYPES = ("fixed", "hinge", "slide", "ball")
 FIXED, HINGE, SLIDE, BALL = range(4)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KinematicTree:
     """A robot's kinematics: nodes are joints (or fixed steps) in a tree, links sit on nodes.
 

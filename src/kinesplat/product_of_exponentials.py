@@ -13,7 +13,7 @@ JUMP_LIMIT = 192
 """Up to this many transforms in a batch, pointer jumping (few calls) beats going level by level (few products)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NodeConstants:
     """Arrays derived from a tree for one dtype and device; nodes sorted by depth."""
 

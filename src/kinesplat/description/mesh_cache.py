@@ -18,7 +18,7 @@ FORMAT = b"kinesplat mesh pieces 4"
 _ARRAYS = ("vertices", "faces", "normals", "uv", "texture", "rgba", "face_colors")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """Triangles in one material.
 
@@ -41,7 +41,7 @@ class Piece:
     face_colors: UInt8[np.ndarray, "f 3"] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pieces:
     """What a mesh file holds.
 

@@ -8,7 +8,7 @@ from jaxtyping import Float, Integer
 SEGMENTS = 48
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patch:
     """Triangles with a normal and a texture coordinate at every corner, in the geom's frame."""
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Integer, UInt8
 from kinesplat.kinematics import KinematicTree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinkMesh:
     """One piece of a link's visible surface, in one material.
 
@@ -35,7 +35,7 @@ class LinkMesh:
     colors: Float[np.ndarray, "v 3"] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Robot:
     """A loaded description.
 

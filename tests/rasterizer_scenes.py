@@ -14,7 +14,12 @@ FIELDS = ("means", "quats", "scales", "opacities", "sh")
 
 
 def random_gaussians(
-    n: int, *, batch: tuple[int, ...] = (), coefficients: int = 9, size: float = 0.06, dtype: torch.dtype = torch.float64
+    n: int,
+    *,
+    batch: tuple[int, ...] = (),
+    coefficients: int = 9,
+    size: float = 0.06,
+    dtype: torch.dtype = torch.float64,
 ) -> Gaussians:
     """Splats around the origin, about `size` metres large, rounded to float32 so that both precisions see the same."""
     values = (

@@ -75,7 +75,9 @@ def mask_of(splats: Gaussians, index: Tensor, Ts: Tensor, camera: Camera) -> Ten
     turn = T[:, :3, :3]
     means = (turn @ splats.means[..., None])[..., 0] + T[:, :3, 3]
     w = torch.sqrt((1 + turn.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp(min=1e-9)) / 2
-    axis = torch.stack([turn[:, 2, 1] - turn[:, 1, 2], turn[:, 0, 2] - turn[:, 2, 0], turn[:, 1, 0] - turn[:, 0, 1]], -1)
+    axis = torch.stack(
+        [turn[:, 2, 1] - turn[:, 1, 2], turn[:, 0, 2] - turn[:, 2, 0], turn[:, 1, 0] - turn[:, 0, 1]], -1
+    )
     a = torch.cat([w[:, None], axis / (4 * w[:, None])], -1)
     b = splats.quats / splats.quats.norm(dim=-1, keepdim=True)
     real = a[:, :1] * b[:, :1] - (a[:, 1:] * b[:, 1:]).sum(-1, keepdim=True)

@@ -37,7 +37,9 @@ def hard_splats(kind: str, n: int, camera: Camera) -> Gaussians:
     return Gaussians(*(v.double() for v in values))
 
 
-def evaluate(splats: Gaussians, camera: Camera, weights: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tensor, dict]:
+def evaluate(
+    splats: Gaussians, camera: Camera, weights: Tensor, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, dict]:
     leaves = {f: getattr(splats, f).to(dtype).clone().requires_grad_() for f in FIELDS}
     leaves["T_cam_world"] = camera.T_cam_world.to(dtype).clone().requires_grad_()
     view = Camera(camera.K.to(dtype), leaves["T_cam_world"], camera.width, camera.height)

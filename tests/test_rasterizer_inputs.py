@@ -27,7 +27,9 @@ def camera() -> Camera:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_splats_are_named(gaussians: Gaussians, camera: Camera, backend: str, field: str, value: float) -> None:
+def test_non_finite_splats_are_named(
+    gaussians: Gaussians, camera: Camera, backend: str, field: str, value: float
+) -> None:
     tensor = getattr(gaussians, field).clone()
     tensor.view(-1)[7] = value
     with pytest.raises(InputError, match=rf"gaussians\.{field} contains NaN or infinity"):
@@ -39,12 +41,12 @@ def test_non_finite_transforms_background_and_weights(gaussians: Gaussians, came
     bad = torch.eye(4)[None].clone()
     bad[0, 1, 3] = float("nan")
     index = torch.zeros(20, 1, dtype=torch.int64)
-    with pytest.raises(InputError, match="Ts_world_link.*NaN"):
+    with pytest.raises(InputError, match=r"Ts_world_link.*NaN"):
         rasterize_links(gaussians, index[:, 0], bad, camera, backend=backend)
     with pytest.raises(InputError, match="background contains NaN"):
         rasterize(gaussians, camera, (0.0, float("nan"), 0.0), backend=backend)
+    weights = torch.full((20, 1), float("nan"))
     with pytest.raises(InputError, match="link_weights contains NaN"):
-        weights = torch.full((20, 1), float("nan"))
         rasterize_links(gaussians, index, torch.eye(4)[None], camera, link_weights=weights, backend=backend)
 
 
@@ -99,8 +101,8 @@ class TestShapesAndOptions:
             rasterize_links(gaussians, torch.zeros(19, dtype=torch.int64), Ts, camera)
         with pytest.raises(InputError, match="needs link_weights"):
             rasterize_links(gaussians, torch.zeros(20, 2, dtype=torch.int64), Ts, camera)
+        five = torch.zeros(20, 5, dtype=torch.int64)
         with pytest.raises(InputError, match="m up to 4"):
-            five = torch.zeros(20, 5, dtype=torch.int64)
             rasterize_links(gaussians, five, Ts, camera, link_weights=torch.zeros(20, 5))
         with pytest.raises(InputError, match="Ts_world_link has shape"):
             rasterize_links(gaussians, torch.zeros(20, dtype=torch.int64), torch.eye(4), camera)
@@ -123,7 +125,9 @@ class TestShapesAndOptions:
             rasterize(gaussians, camera, (1.0, 1.0))
 
 
-def test_missing_native_module_says_how_to_build(monkeypatch: pytest.MonkeyPatch, gaussians: Gaussians, camera: Camera) -> None:
+def test_missing_native_module_says_how_to_build(
+    monkeypatch: pytest.MonkeyPatch, gaussians: Gaussians, camera: Camera
+) -> None:
     monkeypatch.setattr(cpu, "_native", None)
     with pytest.raises(BackendError, match=r"not built.*pip install"):
         rasterize(gaussians, camera)
@@ -131,5 +135,5 @@ def test_missing_native_module_says_how_to_build(monkeypatch: pytest.MonkeyPatch
 
 def test_unknown_simd_level(monkeypatch: pytest.MonkeyPatch, gaussians: Gaussians, camera: Camera) -> None:
     monkeypatch.setenv("KINESPLAT_SIMD", "mmx")
-    with pytest.raises(InputError, match="unknown SIMD level.*'mmx'.*baseline"):
+    with pytest.raises(InputError, match=r"unknown SIMD level.*'mmx'.*baseline"):
         rasterize(gaussians, camera)

@@ -47,5 +47,5 @@ def test_colour_is_offset_and_clamped() -> None:
 
 
 def test_unknown_number_of_coefficients() -> None:
-    with pytest.raises(InputError, match="5 coefficients.*1, 4, 9 or 16"):
+    with pytest.raises(InputError, match=r"5 coefficients.*1, 4, 9 or 16"):
         sh_degree(5)

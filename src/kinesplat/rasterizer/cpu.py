@@ -1,4 +1,4 @@
-"""The native backend: float32 on the CPU, forward and backward in C++ (`native/`), on `torch.get_num_threads()` threads.
+"""The native backend: float32 on the CPU, forward and backward in C++, on `torch.get_num_threads()` threads.
 
 The environment variable KINESPLAT_SIMD names a level ("avx512", "avx2", "baseline"); unset, the best one is taken.
 """
@@ -6,6 +6,7 @@ The environment variable KINESPLAT_SIMD names a level ("avx512", "avx2", "baseli
 import math
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,13 +17,12 @@ from torch.autograd.function import once_differentiable
 from kinesplat.errors import BackendError, InputError, unknown
 from kinesplat.rasterizer.render import Render, Scene
 
+_native: Any = None
+_import_error: ImportError | None = None
 try:
-    from kinesplat.rasterizer import _native
+    _native = import_module("kinesplat.rasterizer._native")
 except ImportError as error:
-    _native: Any = None
-    _import_error: ImportError | None = error
-else:
-    _import_error = None
+    _import_error = error
 
 
 def native() -> Any:
@@ -84,31 +84,34 @@ class _Plan:
     level: str
 
 
-def make_plan(scene: Scene, tensors: tuple[Tensor | None, ...]) -> _Plan:
-    """Flatten detached `tensors` (in the order of `_Rasterize.forward`) into a native scene, and check their values.
+def make_plan(scene: Scene) -> _Plan:
+    """Flatten a scene for the native module, and check its values.
 
     Raises:
         InputError: naming the tensor with NaN, infinity, a zero quaternion or a focal length that is not positive.
     """
     module, level = native(), simd_level()
-    means, quats, scales, opacities, sh, weights, T_cam_world, Ts_world_link, K, background = (
-        None if t is None else t.detach() for t in tensors
-    )
+    g, weights = scene.gaussians, scene.link_weights
     shape = scene.batch_shape
-    images, n, batch = math.prod(shape), means.shape[-2], tuple(means.shape[:-2])
+    images, n, batch = math.prod(shape), len(g), g.batch_shape
     sets = math.prod(batch)
-    T, Ts = T_cam_world.double()[..., None, :, :], Ts_world_link.double()
+    T, Ts = scene.camera.T_cam_world.detach().double()[..., None, :, :], scene.Ts_world_link.detach().double()
     set_index = torch.zeros(images, dtype=torch.int32)
     if sets != 1:
         set_index = torch.arange(sets, dtype=torch.int32).reshape(batch).expand(shape).reshape(images).contiguous()
-    flat = (t.reshape(sets, n, *t.shape[len(batch) + 1 :]).contiguous() for t in (means, quats, scales, opacities, sh))
+    splats = (t.detach() for t in (g.means, g.quats, g.scales, g.opacities, g.sh))
+    flat = (t.reshape(sets, n, *t.shape[len(batch) + 1 :]).contiguous() for t in splats)
     try:
         native_scene = module.Scene(
             module.Splats(*(t.numpy() for t in flat)),
-            module.Links(scene.link_index.int().contiguous().numpy(), as_array(weights), _flat(T @ Ts, shape, 3).numpy()),
+            module.Links(
+                scene.link_index.int().contiguous().numpy(),
+                as_array(None if weights is None else weights.detach().contiguous()),
+                _flat(T @ Ts, shape, 3).numpy(),
+            ),
             module.Views(
-                _flat(K.double(), shape, 2).numpy(),
-                _flat(background, shape, 1).numpy(),
+                _flat(scene.camera.K.detach().double(), shape, 2).numpy(),
+                _flat(scene.background.detach(), shape, 1).numpy(),
                 set_index.numpy(),
                 scene.camera.width,
                 scene.camera.height,
@@ -150,7 +153,7 @@ def _empty_outputs(scene: Scene) -> dict[str, Tensor]:
 class _Rasterize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scene: Scene, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        plan = make_plan(scene, tensors)
+        plan = make_plan(scene)
         out = _empty_outputs(scene)
         needs_grad = any(ctx.needs_input_grad)
         wanted = dict(out)
@@ -223,4 +226,3 @@ def _pose_gradients(
     if needs[1]:
         v_links = (plan.T_cam_world.mT @ v_T).sum_to_size(Ts_world_link.shape).to(Ts_world_link.dtype)
     return v_camera, v_links
-

@@ -1,4 +1,4 @@
-"""Gauss-Newton normal equations of a photometric residual, accumulated by the native kernel without a dense Jacobian."""
+"""Gauss-Newton normal equations of a photometric residual, accumulated natively without a dense Jacobian."""
 
 import math
 from dataclasses import dataclass, replace
@@ -83,7 +83,9 @@ def normal_equations(
         BackendError: the native module is missing.
     """
     scene = make_scene(gaussians, link_index, None, Ts_world_link, camera, background, eps2d, ())
-    targets = _checked_targets(camera, {"rgb": rgb, "alpha": alpha, "rgb_weight": rgb_weight, "alpha_weight": alpha_weight})
+    targets = _checked_targets(
+        camera, {"rgb": rgb, "alpha": alpha, "rgb_weight": rgb_weight, "alpha_weight": alpha_weight}
+    )
     try:
         shape = tuple(torch.broadcast_shapes(scene.batch_shape, rgb.shape[:-3]))
     except RuntimeError as error:
@@ -91,9 +93,7 @@ def normal_equations(
             f"target batch {tuple(rgb.shape[:-3])} does not broadcast with the scene's {scene.batch_shape}"
         ) from error
     scene = replace(scene, batch_shape=shape)
-    g = scene.gaussians
-    tensors = (g.means, g.quats, g.scales, g.opacities, g.sh, None)
-    plan = cpu.make_plan(scene, (*tensors, scene.camera.T_cam_world, scene.Ts_world_link, scene.camera.K, scene.background))
+    plan = cpu.make_plan(scene)
     images, p = math.prod(shape), 6 * scene.Ts_world_link.shape[-3]
     count = math.prod(rgb.shape[:-3])
     index = torch.arange(count, dtype=torch.int32).reshape(rgb.shape[:-3]).expand(shape).reshape(images).contiguous()
@@ -102,7 +102,11 @@ def normal_equations(
     module = cpu.native()
     target = module.Target(*(cpu.as_array(t) for t in (*flat, index)))
     problem = module.normal_equations(
-        plan.native_scene, target, *(cpu.as_array(t) for t in (loss, gradient, hessian)), torch.get_num_threads(), plan.level
+        plan.native_scene,
+        target,
+        *(cpu.as_array(t) for t in (loss, gradient, hessian)),
+        torch.get_num_threads(),
+        plan.level,
     )
     if problem:
         raise InputError(problem)

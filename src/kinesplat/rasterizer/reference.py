@@ -81,11 +81,14 @@ def _render_image(
     ]
     image = {k: torch.cat([torch.cat([t[k] for t in row], dim=1) for row in tiles]) for k in ("sums", "median")}
     rgb, alpha, weighted_z = image["sums"].split((3, 1, 1), dim=-1)
-    links = scene.link_index if scene.link_weights is None else scene.link_index.gather(
-        1, scene.link_weights.argmax(1, keepdim=True)
+    links = (
+        scene.link_index
+        if scene.link_weights is None
+        else scene.link_index.gather(1, scene.link_weights.argmax(1, keepdim=True))
     )
     links_or_none = torch.cat([links[kept, 0], links.new_full((1,), -1)])
-    contribution = z.new_zeros(len(gaussians)).index_add(0, kept, sum(t["weights"] for row in tiles for t in row))
+    weights = torch.stack([t["weights"] for row in tiles for t in row]).sum(0)
+    contribution = z.new_zeros(len(gaussians)).index_add(0, kept, weights)
     return {
         "rgb": rgb + (1.0 - alpha) * background,
         "alpha": alpha[..., 0],

@@ -182,7 +182,9 @@ def _check_links(
             raise InputError(f"link_index of shape {tuple(index.shape)} needs link_weights of the same shape")
         return index, None
     if weights.shape != index.shape:
-        raise InputError(f"link_weights has shape {tuple(weights.shape)}; expected that of link_index, {tuple(index.shape)}")
+        raise InputError(
+            f"link_weights has shape {tuple(weights.shape)}; expected that of link_index, {tuple(index.shape)}"
+        )
     return index, _on(means, "link_weights", weights, (None, None))
 
 

@@ -100,6 +100,15 @@ def test_reconstruct_finds_the_joints_and_shows_them(photo: Path, tmp_path: Path
     assert (tmp_path / "fit" / "0_photo_film.gif").stat().st_size > 1000
 
 
+def test_inspect_tells_what_a_description_holds(tmp_path: Path) -> None:
+    result = kinesplat("inspect", "kinearm", "-o", tmp_path / "arm.png", "--json", tmp_path / "arm.json")
+    assert result.returncode == 0, result.stderr
+    assert "wrist_roll" in result.stdout
+    assert "right_finger" in result.stdout
+    assert json.loads((tmp_path / "arm.json").read_text())["dof"] == 7
+    assert read_image(tmp_path / "arm.png").mean() < 0.99
+
+
 def test_models_lists_the_packaged_ones_and_their_joints() -> None:
     listed = kinesplat("models")
     assert listed.returncode == 0
@@ -108,7 +117,7 @@ def test_models_lists_the_packaged_ones_and_their_joints() -> None:
     assert "wrist_roll" in joints.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "build", "render", "reconstruct", "models"])
+@pytest.mark.parametrize("command", ["demo", "build", "inspect", "render", "reconstruct", "models", "benchmark"])
 def test_every_command_explains_itself(command: str) -> None:
     result = kinesplat(command, "--help")
     assert result.returncode == 0
@@ -138,6 +147,7 @@ def test_bad_usage_and_input_end_with_status_2_and_leave_nothing(
         (("build", tmp_path / "bad.xml", "-o", "x.safetensors"), "bad.xml"),
         (("build", tmp_path / "none.xml", "-o", "x.safetensors"), "none.xml"),
         (("build", "kinearm", "-o", "x.safetensors", "--n", "1"), "1"),
+        (("inspect", "kinearm", "-o", "x.png", "--package", "meshes"), "NAME=FOLDER"),
         (("reconstruct", "kinearm", tmp_path / "bad.json", "--camera", camera, "-o", "x"), "bad.json"),
         (("reconstruct", "kinearm", tmp_path / "none.png", "--camera", camera, "-o", "x"), "none.png"),
         (

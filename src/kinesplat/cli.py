@@ -11,10 +11,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from kinesplat import benchmark as benchmark_module
 from kinesplat import demo as demo_module
 from kinesplat import zoo
 from kinesplat.camera import Camera
-from kinesplat.description import load_description
+from kinesplat.description import inspect as inspect_description
+from kinesplat.description import inspection_text, load_description
 from kinesplat.errors import BackendError, InputError, KinesplatError, unknown
 from kinesplat.files import colours_of, read_image, read_mask, write_png, written_whole
 from kinesplat.inverse import reconstruct as reconstruct_q
@@ -66,23 +68,65 @@ def build(
     robot: Annotated[str, tyro.conf.Positional],
     output: Output,
     n: int = 10_000,
+    package: tuple[str, ...] = (),
     *,
     common: CommonOptions = Common(),
 ) -> None:
     """Make a self-model from a robot's meshes, without training.
 
     Args:
-        robot: Menagerie name or path to a description file.
+        robot: path to a URDF, xacro or MJCF file, or a name (kinearm, a Menagerie or robot_descriptions name).
         output: the model file to write (.safetensors).
         n: number of Gaussians.
+        package: NAME=FOLDER of ROS packages that package:// refers to.
     """
     device_of(common)
-    model = SelfModel.from_description(load_description(robot), n=n, seed=common.seed)
+    model = SelfModel.from_description(load_description(robot, packages=packages_of(package)), n=n, seed=common.seed)
     model.save(output)
     out.print(
         f"wrote {output}: {len(model.parameters)} Gaussians on {len(model.tree.link_names)} links, dof {model.tree.dof}"
     )
     write_json(common.json, {"model": str(output), "gaussians": len(model.parameters), "dof": model.tree.dof})
+
+
+@app.command
+def inspect(
+    robot: Annotated[str, tyro.conf.Positional],
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    package: tuple[str, ...] = (),
+    *,
+    common: CommonOptions = Common(),
+) -> None:
+    """Show what a description contains: links, joints with limits, couplings, meshes, colours, warnings.
+
+    Args:
+        robot: path to a URDF, xacro or MJCF file, or a name (kinearm, a Menagerie or robot_descriptions name).
+        output: also write a picture of the robot (.png).
+        package: NAME=FOLDER of ROS packages that package:// refers to.
+    """
+    device_of(common)
+    loaded = load_description(robot, packages=packages_of(package))
+    out.print(inspection_text(loaded), markup=False)
+    if output is not None:
+        model = SelfModel.from_description(loaded, n=20_000, seed=common.seed)
+        q = model.tree.q_canonical.float()
+        write_png(output, model.render(q, Camera.framing(model.posed(q).means, width=768, height=768)).rgb)
+        out.print(f"wrote {output}")
+    write_json(common.json, inspect_description(loaded))
+
+
+@app.command
+def benchmark(seconds: float = 1.0, threads: tuple[int, ...] = (1, 2), *, common: CommonOptions = Common()) -> None:
+    """Measure the rasteriser on this machine: forward, backward, pose-only steps, share of peak, against the reference.
+
+    Args:
+        seconds: time for each figure [s].
+        threads: thread counts to measure with.
+    """
+    device_of(common)
+    report = benchmark_module.run(seconds=seconds, threads=threads, progress=err.print)
+    out.print(benchmark_module.table(report), markup=False)
+    write_json(common.json, report)
 
 
 @app.command
@@ -253,6 +297,19 @@ def same_size(pictures: list[torch.Tensor], paths: tuple[Path, ...]) -> list[tor
             sizes = [f"{p.shape[1]} x {p.shape[0]} px" for p in (picture, pictures[0])]
             raise InputError(f"{path} is {sizes[0]}, but {paths[0]} is {sizes[1]}; views need one size")
     return pictures
+
+
+def packages_of(options: tuple[str, ...]) -> dict[str, str]:
+    """ROS packages given as NAME=FOLDER.
+
+    Raises:
+        InputError: an entry has another form.
+    """
+    pairs = [option.partition("=") for option in options]
+    wrong = [option for option, (name, _, folder) in zip(options, pairs, strict=True) if not (name and folder)]
+    if wrong:
+        raise InputError(f"--package {wrong[0]!r}: expected NAME=FOLDER")
+    return {name: folder for name, _, folder in pairs}
 
 
 def make_folder(path: Path) -> None:

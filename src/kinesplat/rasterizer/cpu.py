@@ -100,7 +100,7 @@ def make_plan(scene: Scene) -> _Plan:
     if sets != 1:
         set_index = torch.arange(sets, dtype=torch.int32).reshape(batch).expand(shape).reshape(images).contiguous()
     splats = (t.detach() for t in (g.means, g.quats, g.scales, g.opacities, g.sh))
-    flat = (t.reshape(sets, n, *t.shape[len(batch) + 1 :]).contiguous() for t in splats)
+    flat = ((t.reshape(sets, n, *t.shape[len(batch) + 1 :]) if batch else t[None]).contiguous() for t in splats)
     try:
         native_scene = module.Scene(
             module.Splats(*(t.numpy() for t in flat)),

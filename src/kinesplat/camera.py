@@ -146,7 +146,7 @@ class Camera:
         try:
             data = json.loads(Path(path).read_text())
             sizes = int(data["width"]), int(data["height"])
-            tensors = [torch.tensor(data[key], dtype=torch.float32) for key in ("K", "T_cam_world")]
+            K, T_cam_world = (torch.tensor(data[key], dtype=torch.float32) for key in ("K", "T_cam_world"))
         except OSError as error:
             raise InputError(f"camera file {path}: {error.strerror}") from error
         except KeyError as error:
@@ -154,7 +154,7 @@ class Camera:
             raise InputError(f"camera file {path}: key {error} is missing; expected {keys}") from error
         except (ValueError, TypeError) as error:
             raise InputError(f"camera file {path}: {error}") from error
-        return cls(*tensors, *sizes)
+        return cls(K, T_cam_world, *sizes)
 
 
 def _float_dtype(value: Vector3) -> torch.dtype:

@@ -110,7 +110,9 @@ def inspect(
     if output is not None:
         model = SelfModel.from_description(loaded, n=20_000, seed=common.seed)
         q = model.tree.q_canonical.float()
-        write_png(output, model.render(q, Camera.framing(model.posed(q).means, width=768, height=768)).rgb)
+        picture = model.render(q, Camera.framing(model.posed(q).means, width=768, height=768)).rgb
+        assert picture is not None
+        write_png(output, picture)
         out.print(f"wrote {output}")
     write_json(common.json, inspect_description(loaded))
 
@@ -166,13 +168,14 @@ def render(
     )
     loaded.check_camera(joints, view)
     image = loaded.render(joints, view, background, outputs=("rgb", "alpha", "depth", "link_id"))
+    assert image.rgb is not None
     written = [write_png(output, image.rgb)]
-    if mask:
+    if mask and image.alpha is not None:
         written.append(write_png(output.with_name(f"{output.stem}_mask.png"), image.alpha))
-    if depth:
+    if depth and image.depth is not None:
         millimetres = (image.depth * 1000.0).round().clamp(0, 65535).to(torch.int32)
         written.append(write_png(output.with_name(f"{output.stem}_depth.png"), millimetres))
-    if link_id:
+    if link_id and image.link_id is not None:
         written.append(write_png(output.with_name(f"{output.stem}_link_id.png"), colours_of(image.link_id)))
     for path in written:
         out.print(f"wrote {path}")

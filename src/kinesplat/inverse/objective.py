@@ -100,6 +100,7 @@ class PhotometricObjective:
         camera = Camera(seen.camera.K, at.T_cam_world, seen.camera.width, seen.camera.height)
         outputs = ("rgb",) if seen.mask is None else ("rgb", "alpha")
         out = self.model.render(at.q[:, None], camera, seen.background, outputs=outputs)
+        assert out.rgb is not None
         rgb = (out.rgb - seen.rgb) * math.sqrt(self.colour_weight)
         if out.alpha is None or seen.mask is None:
             return rgb

@@ -1,6 +1,7 @@
 """How often are joints and cameras found? `python benchmarks/reconstruction.py --robot NAME --images 20`.
 
-MuJoCo renders the pictures (kinesplat[render]). Views show the whole robot; configurations are uniform within the middle 80 % of the limits, above the floor. A joint
+MuJoCo renders the pictures (kinesplat[render]).
+Views show the whole robot; configurations are uniform within the middle 80 % of the limits, above the floor. A joint
 counts as found within 0.05 rad; only hinges count, and full turns are no error.
 """
 

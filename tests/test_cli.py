@@ -85,10 +85,11 @@ def test_build_then_render_writes_pictures_that_agree(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "r.json").read_text())["files"]) == 4
 
 
-def test_reconstruct_finds_the_joints_and_shows_them(photo: Path, tmp_path: Path) -> None:
+def test_reconstruct_finds_the_joints_and_shows_them(kinearm: SelfModel, photo: Path, tmp_path: Path) -> None:
+    start = [f"{value:.4f}" for value in kinearm.tree.q_canonical.tolist()]
     result = kinesplat(
         "reconstruct", "kinearm", photo / "photo.png", "--camera", photo / "camera.json", "--mask", photo / "mask.png",
-        "-o", tmp_path / "fit", "--json", tmp_path / "fit.json",
+        "--q-init", *start, "-o", tmp_path / "fit", "--json", tmp_path / "fit.json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     fit = json.loads((tmp_path / "fit.json").read_text())

@@ -118,10 +118,10 @@ def test_the_history_leads_to_the_answer_and_falls_within_each_size(kinearm: Sel
 
 
 def test_a_picture_of_something_else_is_called_a_failure(kinearm: SelfModel) -> None:
-    _, camera, rgb, alpha = case(kinearm, 4)
+    q, camera, rgb, alpha = case(kinearm, 4)
     blob = torch.zeros_like(alpha)
     blob[100:230, 10:60] = 1.0
-    fit = reconstruct(kinearm, torch.rand_like(rgb), camera, masks=blob, starts=2)
+    fit = reconstruct(kinearm, torch.rand_like(rgb), camera, masks=blob, q_init=q, starts=2)
     assert fit.verdict == "failed"
 
 

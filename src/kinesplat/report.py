@@ -51,7 +51,9 @@ def write_fit_pictures(
     """
     camera = _view(fit.camera, view)
     start, final = model.render(fit.q_history[0], camera), model.render(fit.q, camera)
-    assert start.rgb is not None and final.rgb is not None and final.alpha is not None
+    assert start.rgb is not None
+    assert final.rgb is not None
+    assert final.alpha is not None
     pictures = {
         "target": image,
         "start": start.rgb,
@@ -111,7 +113,8 @@ def _write_film(model: SelfModel, image: Picture, camera: Camera, fit: FitResult
     count = len(fit.q_history)
     picked = torch.linspace(0, count - 1, min(FILM_FRAMES, count)).round().long()
     out = model.render(fit.q_history[picked], camera)
-    assert out.rgb is not None and out.alpha is not None
+    assert out.rgb is not None
+    assert out.alpha is not None
     frames = [side_by_side([overlay(image, rgb, alpha), rgb]) for rgb, alpha in zip(out.rgb, out.alpha, strict=True)]
     return write_gif(path, frames, FILM_SECONDS)
 

@@ -47,11 +47,13 @@ def test_projection_is_k_times_the_normalised_point() -> None:
 
 @pytest.mark.parametrize("up", [(0.0, 0.0, 1.0), (0.0, 1.0, 0.0)])
 def test_every_look_at_is_a_rigid_motion_even_straight_down(up: tuple[float, float, float]) -> None:
-    eyes = torch.tensor([[0.0, 0.0, 2.0], [0.0, 0.0, -2.0], [1e-9, 0.0, 2.0], [1.0, 2.0, 3.0]], dtype=torch.float64)
+    eyes = torch.tensor(
+        [[0.0, 0.0, 2.0], [0.0, 0.0, -2.0], [1e-9, 0.0, 2.0], [0.0, 2.0, 0.0], [1.0, 2.0, 3.0]], dtype=torch.float64
+    )
     T = Camera.look_at(eyes, torch.zeros(3, dtype=torch.float64), up=up).T_cam_world
     R = T[..., :3, :3]
-    torch.testing.assert_close(R @ R.mT, torch.eye(3, dtype=torch.float64).expand(4, 3, 3))
-    torch.testing.assert_close(torch.linalg.det(R), torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(R @ R.mT, torch.eye(3, dtype=torch.float64).expand(5, 3, 3))
+    torch.testing.assert_close(torch.linalg.det(R), torch.ones(5, dtype=torch.float64))
 
 
 def test_resizing_keeps_the_field_of_view() -> None:
@@ -98,6 +100,8 @@ def test_impossible_cameras_are_refused(unchecked_types: None) -> None:
     good = Camera.look_at((1.0, 0.0, 0.0), (0.0, 0.0, 0.0))
     with pytest.raises(InputError, match="NaN"):
         Camera(good.K * math.nan, good.T_cam_world, 4, 4)
+    with pytest.raises(InputError, match="rigid"):
+        Camera(good.K, good.T_cam_world * 0.5, 4, 4)
     with pytest.raises(InputError, match="image size"):
         Camera(good.K, good.T_cam_world, 0, 4)
     with pytest.raises(InputError, match="T_cam_world has shape"):

@@ -144,10 +144,13 @@ def test_bad_usage_and_input_end_with_status_2_and_leave_nothing(
         (("render", "kinearm", "-o", "x.png", "--q", *["nan"] * 7), "nan"),
         (("render", "kinearm", "-o", "x.png", "--camera", tmp_path / "bad.json"), "bad.json"),
         (("render", "kinearm", "-o", "nowhere/x.png"), "nowhere"),
+        (("render", "kinearm", "-o", "x.png", "--size", "0"), "image size"),
+        (("render", "kinearm", "-o", "x.png", "--seed", "-1"), "--seed -1"),
+        (("reconstruct", "kinearm", "--camera", camera, "-o", "x"), "no picture"),
         (("build", "no_such_robot_at_all", "-o", "x.safetensors"), "no_such_robot_at_all"),
         (("build", tmp_path / "bad.xml", "-o", "x.safetensors"), "bad.xml"),
         (("build", tmp_path / "none.xml", "-o", "x.safetensors"), "none.xml"),
-        (("build", "kinearm", "-o", "x.safetensors", "--n", "1"), "1"),
+        (("build", "kinearm", "-o", "x.safetensors", "--n", "1"), "links"),
         (("inspect", "kinearm", "-o", "x.png", "--package", "meshes"), "NAME=FOLDER"),
         (("reconstruct", "kinearm", tmp_path / "bad.json", "--camera", camera, "-o", "x"), "bad.json"),
         (("reconstruct", "kinearm", tmp_path / "none.png", "--camera", camera, "-o", "x"), "none.png"),
@@ -158,19 +161,17 @@ def test_bad_usage_and_input_end_with_status_2_and_leave_nothing(
     ]
     for arguments, says in cases:
         assert says in one_line(kinesplat(*arguments)), arguments
-        assert not list(tmp_path.glob("x*")), arguments
+        assert not [*tmp_path.glob("x*"), *tmp_path.glob(".x*")], arguments
 
 
 def test_an_absent_device_is_an_error() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
     assert "cuda" in one_line(kinesplat("models", "--device", "cuda"))
 
 
 def test_unknown_options_end_with_status_2() -> None:
-    result = kinesplat("render", "kinearm", "-o", "x.png", "--colour")
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
+    assert "--colour" in one_line(kinesplat("render", "kinearm", "-o", "x.png", "--colour"))
+    assert "MODEL" in one_line(kinesplat("render", "-o", "x.png"))
+    assert one_line(kinesplat("no-such-command"))
 
 
 def test_the_installed_program_runs() -> None:

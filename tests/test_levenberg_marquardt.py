@@ -61,10 +61,10 @@ def test_bounded_linear_problems_agree_with_scipy(seed: int) -> None:
 
 
 def test_rosenbrock_valley_is_followed_to_its_end_from_every_start() -> None:
-    start = torch.tensor([[-1.2, 1.0], [2.0, 2.0], [0.0, -3.0]], dtype=torch.float64)
+    start = torch.tensor([[-1.2, 1.0], [2.0, 2.0], [0.0, -3.0], [-2.0, 2.0]], dtype=torch.float64)
     bound = torch.tensor(10.0, dtype=torch.float64)
     solution = levenberg_marquardt(rosenbrock, Box(start, -bound, bound), iterations=100, tolerance=1e-12)
-    torch.testing.assert_close(solution.state.x, torch.ones(3, 2, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(solution.state.x, torch.ones(4, 2, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
 def test_the_loss_of_no_element_ever_rises() -> None:
@@ -98,3 +98,11 @@ def test_undamped_step_solves_the_normal_equations() -> None:
     step = damped_step(at, torch.zeros(3, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.bool))
     expected = torch.linalg.lstsq(J, -r[..., None]).solution[..., 0]
     torch.testing.assert_close(step, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("start", [[-2.0, 2.0], [-1.2, 1.0]])
+def test_rejected_steps_do_not_end_the_search(start: list[float]) -> None:
+    bound = torch.tensor(10.0, dtype=torch.float64)
+    alone = Box(torch.tensor([start], dtype=torch.float64), -bound, bound)
+    solution = levenberg_marquardt(rosenbrock, alone, iterations=200)
+    assert solution.linearization.loss.item() < 1e-10

@@ -11,6 +11,7 @@ from kinesplat.camera import Camera
 from kinesplat.errors import InputError
 from kinesplat.inverse import FitResult, reconstruct
 from kinesplat.inverse.observation import Observation, plain_background
+from kinesplat.inverse.reconstruct import _levels
 from kinesplat.inverse.result import covariance_of
 from kinesplat.self_model import SelfModel
 from kinesplat.twists import exp_twist
@@ -42,6 +43,22 @@ def case(model: SelfModel, seed: int, views: int = 1) -> Case:
 def off(model: SelfModel, q: torch.Tensor, by: float, seed: int) -> torch.Tensor:
     noise = 2.0 * torch.rand(model.tree.dof, generator=torch.Generator().manual_seed(seed)) - 1.0
     return model.tree.clamp(q + by * noise * (0.5 * (model.tree.q_upper - model.tree.q_lower)).clamp(max=1.0).float())
+
+
+@pytest.mark.parametrize(("width", "height"), [(100, 80), (200, 150), (30, 20)])
+def test_the_last_stage_is_at_full_size_with_the_whole_model(kinearm: SelfModel, width: int, height: int) -> None:
+    camera = Camera.framing(kinearm.posed(kinearm.tree.q_canonical.float()).means, width=width, height=height)
+    seen = Observation.create(torch.ones(height, width, 3), torch.ones(height, width), camera)
+    for near in (True, False):
+        last = _levels(near, seen)[-1]
+        assert last.px == width
+        assert last.splats >= len(kinearm.parameters)
+
+
+@pytest.mark.parametrize("less", [1, 3, 10, 19])
+def test_merging_a_few_splats_keeps_a_model_whole(kinearm: SelfModel, less: int) -> None:
+    smaller = kinearm.subsample(len(kinearm.parameters) - less)
+    assert len(smaller.parameters) == len(smaller.link_index) <= len(kinearm.parameters)
 
 
 @pytest.mark.parametrize("seed", range(4))

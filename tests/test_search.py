@@ -1,6 +1,7 @@
 """The global search and its alias moves."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,14 @@ def test_children_stay_within_the_limits_and_keep_some_joints(kinearm: SelfModel
     assert (young <= tree.q_upper + 1e-5).all()
     same = (young == q[torch.arange(len(young)) % 10]).float().mean()
     assert 0.3 < same < 0.9
+
+
+def test_robots_without_hinges_have_no_aliases_and_are_searched_all_the_same(kinearm: SelfModel) -> None:
+    slides = replace(kinearm.tree, joint_types=("slide",) * kinearm.tree.dof)
+    moves = AliasMoves.of(slides)
+    assert moves.apply_all(slides.q_canonical.float()[None]).shape == (0, slides.dof)
+    young = children(slides.q_canonical.float()[None], slides, moves, 0.5, torch.Generator().manual_seed(0))
+    assert (young != slides.q_canonical.float()).any()
 
 
 def test_best_distinct_keeps_the_best_of_every_cluster() -> None:

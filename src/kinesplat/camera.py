@@ -14,6 +14,7 @@ from torch import Tensor
 from kinesplat.errors import InputError
 
 Vector3 = Sequence[float] | Tensor
+RIGID_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Camera:
                 )
             if not torch.isfinite(value).all():
                 raise InputError(f"camera {name} contains NaN or infinity")
+        R = self.T_cam_world[..., :3, :3].detach()
+        if R.numel() and (R @ R.mT - torch.eye(3).to(R)).abs().amax().item() > RIGID_TOLERANCE:
+            raise InputError("camera T_cam_world is no rigid motion: its rotation part is not orthonormal")
         if self.width < 1 or self.height < 1:
             raise InputError(f"camera image size is {self.width} x {self.height}; both must be at least 1")
 
@@ -63,7 +67,7 @@ class Camera:
             eye: ``(*batch, 3)`` camera centre in the world [m].
             target: ``(*batch, 3)`` point that projects onto the image centre [m].
             fov_y: vertical field of view [rad].
-            up: world direction that points up in the image; where it is parallel to the view, +Y is taken instead.
+            up: world direction that points up in the image; where it is parallel to the view, an axis across it is taken.
 
         Raises:
             InputError: `eye` equals `target`, or `fov_y` lies outside (0, pi).
@@ -95,6 +99,8 @@ class Camera:
             direction: ``(3,)`` from the points towards the camera, any length but zero.
             fov_y: vertical field of view [rad].
         """
+        if width < 1 or height < 1:
+            raise InputError(f"image size is {width} x {height}; both must be at least 1")
         low, high = points.amin(dim=-2), points.amax(dim=-2)
         centre = 0.5 * (low + high)
         radius = (points - centre[..., None, :]).norm(dim=-1).amax(dim=-1, keepdim=True)
@@ -166,7 +172,8 @@ def _look_at_transform(
 ) -> Float[Tensor, "*batch 4 4"]:
     z = forward / forward.norm(dim=-1, keepdim=True)
     x = torch.linalg.cross(z, up.expand_as(z))
-    fallback = torch.linalg.cross(z, up.new_tensor([0.0, 1.0, 0.0]).expand_as(z))
+    axis = torch.eye(3, dtype=z.dtype, device=z.device)[(z.abs() - up.new_tensor([0.0, 1e-6, 0.0])).argmin(dim=-1)]
+    fallback = torch.linalg.cross(z, axis)
     x = torch.where(x.norm(dim=-1, keepdim=True) > 1e-6, x, fallback)
     x = x / x.norm(dim=-1, keepdim=True)
     R_cam_world = torch.stack([x, torch.linalg.cross(z, x), z], dim=-2)

@@ -1,7 +1,11 @@
 """The command line: `kinesplat COMMAND --help` is a manual in itself."""
 
+import functools
+import io
 import json
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,7 +51,18 @@ class Common:
 CommonOptions = Annotated[Common, tyro.conf.OmitArgPrefixes]
 
 
-@app.command
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command. Parsing only binds its arguments, so that usage errors are told from its own."""
+
+    @functools.wraps(function)
+    def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(function, *args, **kwargs)
+
+    app.command(bind)
+    return function
+
+
+@command
 def demo(
     output: Annotated[Path, tyro.conf.arg(name="out")] = Path("demo"), *, common: CommonOptions = Common()
 ) -> None:
@@ -63,7 +78,7 @@ def demo(
     write_json(common.json, report)
 
 
-@app.command
+@command
 def build(
     robot: Annotated[str, tyro.conf.Positional],
     output: Output,
@@ -89,7 +104,7 @@ def build(
     write_json(common.json, {"model": str(output), "gaussians": len(model.parameters), "dof": model.tree.dof})
 
 
-@app.command
+@command
 def inspect(
     robot: Annotated[str, tyro.conf.Positional],
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
@@ -117,7 +132,7 @@ def inspect(
     write_json(common.json, inspect_description(loaded))
 
 
-@app.command
+@command
 def benchmark(seconds: float = 1.0, threads: tuple[int, ...] = (1, 2), *, common: CommonOptions = Common()) -> None:
     """Measure the rasteriser on this machine: forward, backward, pose-only steps, share of peak, against the reference.
 
@@ -131,7 +146,7 @@ def benchmark(seconds: float = 1.0, threads: tuple[int, ...] = (1, 2), *, common
     write_json(common.json, report)
 
 
-@app.command
+@command
 def render(
     model: Model,
     output: Output,
@@ -166,6 +181,8 @@ def render(
         if camera is None
         else Camera.from_json(camera)
     )
+    if view.batch_shape:
+        raise InputError(f"{camera} holds a batch of cameras {view.batch_shape}; render takes one")
     loaded.check_camera(joints, view)
     image = loaded.render(joints, view, background, outputs=("rgb", "alpha", "depth", "link_id"))
     assert image.rgb is not None
@@ -182,7 +199,7 @@ def render(
     write_json(common.json, {"q": joints.tolist(), "camera": view.to_json(), "files": [str(p) for p in written]})
 
 
-@app.command
+@command
 def reconstruct(
     model: Model,
     images: Annotated[tuple[Path, ...], tyro.conf.Positional],
@@ -213,6 +230,8 @@ def reconstruct(
     """
     device_of(common)
     loaded = load_model(model)
+    if not images:
+        raise InputError("no picture given: kinesplat reconstruct MODEL IMAGE... --camera FILE")
     pictures = torch.stack(same_size([read_image(p) for p in images], images))
     masks = torch.stack(same_size([read_mask(p) for p in mask], mask)) if mask else None
     fit = reconstruct_q(
@@ -236,7 +255,7 @@ def reconstruct(
     write_json(common.json, fit.to_json())
 
 
-@app.command
+@command
 def models(name: Annotated[str | None, tyro.conf.Positional] = None, *, common: CommonOptions = Common()) -> None:
     """List the packaged self-models, or the joints of one model.
 
@@ -274,7 +293,7 @@ def load_model(name: str) -> SelfModel:
     Raises:
         KinesplatError: neither exists, or the file is broken.
     """
-    if Path(name).suffix or Path(name).exists():
+    if Path(name).suffix or Path(name).is_file():
         return SelfModel.load(name)
     if name not in zoo.names():
         raise InputError(unknown("model", name, zoo.names()) + "; or give a .safetensors file made by kinesplat build")
@@ -287,10 +306,12 @@ def device_of(common: Common) -> torch.device:
     Raises:
         BackendError: it is not there.
     """
+    if not 0 <= common.seed < 2**31:
+        raise InputError(f"--seed {common.seed}: expected 0 to {2**31 - 1}")
     torch.manual_seed(common.seed)
-    if common.device == "cuda" and not torch.cuda.is_available():
-        raise BackendError("--device cuda: this machine has no CUDA device that torch can use; choose cpu or auto")
-    return torch.device("cuda" if common.device == "cuda" else "cpu")
+    if common.device == "cuda":
+        raise BackendError("--device cuda: this version has no CUDA backend yet; choose cpu or auto")
+    return torch.device("cpu")
 
 
 def same_size(pictures: list[torch.Tensor], paths: tuple[Path, ...]) -> list[torch.Tensor]:
@@ -336,8 +357,19 @@ def write_json(path: Path | None, data: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry point: 0 on success, 2 with one line on bad usage or input, 130 when interrupted."""
+    usage = io.StringIO()
     try:
-        app.cli(prog="kinesplat", description="A robot's picture, differentiable: build, render, reconstruct.")
+        with redirect_stderr(usage):
+            run = app.cli(
+                prog="kinesplat", description="A robot's picture, differentiable: build, render, reconstruct."
+            )
+    except SystemExit as end:
+        if end.code:
+            words = " ".join(word for word in usage.getvalue().split() if not set(word) <= set("─━-╭╮╰╯│|"))
+            err.print(f"kinesplat: {words}", markup=False)
+        raise
+    try:
+        run()
     except KinesplatError as error:
         err.print(f"kinesplat: {error}", markup=False)
         sys.exit(EXIT_BAD_INPUT)

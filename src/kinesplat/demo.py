@@ -111,7 +111,8 @@ def _solve(model: SelfModel, target: Target, folder: Path, seed: int) -> tuple[d
         "start": target.start,
         "start_error_rad": joint_error(model, target.q_start, target.q_true),
         "joint_error_rad": joint_error(model, known.q, target.q_true),
-        "joint_error_max_rad": (known.q - target.q_true).abs().max().item(),
+        "joint_error_max_rad": (known.q - target.q_true).abs()[_hinges(model)].max().item(),
+        "slide_error_mm": 1000.0 * (known.q - target.q_true).abs()[~_hinges(model)].mean().item(),
         "joint_error_camera_free_rad": joint_error(model, both.q, target.q_true),
         "camera_error_mm": 1000.0 * metres,
         "camera_error_deg": degrees,
@@ -126,8 +127,12 @@ def _solve(model: SelfModel, target: Target, folder: Path, seed: int) -> tuple[d
 
 
 def joint_error(model: SelfModel, q: Float[Tensor, " dof"], q_true: Float[Tensor, " dof"]) -> float:
-    """Mean absolute difference over all joints of q [rad, or m for slides]."""
-    return (q - q_true).abs().mean().item()
+    """Mean absolute difference over the hinges [rad]."""
+    return (q - q_true).abs()[_hinges(model)].mean().item()
+
+
+def _hinges(model: SelfModel) -> Tensor:
+    return torch.tensor([kind == "hinge" for kind in model.tree.joint_types])
 
 
 def camera_error(camera: Camera, truth: Camera) -> tuple[float, float]:
@@ -145,6 +150,7 @@ def _facts(result: dict[str, Any]) -> dict[str, str]:
         "mean joint error, camera known": f"{result['joint_error_rad']:.4f} rad",
         "largest joint error, camera known": f"{result['joint_error_max_rad']:.4f} rad",
         "mean joint error, camera unknown": f"{result['joint_error_camera_free_rad']:.4f} rad",
+        "mean gripper error": f"{result['slide_error_mm']:.1f} mm",
         "camera error": f"{result['camera_error_mm']:.1f} mm, {result['camera_error_deg']:.2f} deg",
         "time for both fits": f"{result['seconds']:.1f} s",
     }

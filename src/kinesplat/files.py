@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from kinesplat.errors import InputError
@@ -50,7 +50,8 @@ def read_image(path: str | Path) -> Float[Tensor, "height width 3"]:
     with _opened(path) as image:
         if image.mode in ("RGBA", "LA", "PA"):
             raise InputError(f"{path}: has an alpha channel; flatten it to RGB and pass the mask as its own file")
-        return torch.from_numpy(np.array(image.convert("RGB"), dtype=np.float32) / 255.0)
+        _refuse_16_bit(image, path)
+        return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.float32) / 255.0)
 
 
 def read_mask(path: str | Path) -> Float[Tensor, "height width"]:
@@ -60,7 +61,10 @@ def read_mask(path: str | Path) -> Float[Tensor, "height width"]:
         InputError: the file is missing, broken, no picture or absurdly large.
     """
     with _opened(path) as image:
-        return torch.from_numpy(np.array(image.convert("L"), dtype=np.float32) / 255.0)
+        _refuse_16_bit(image, path)
+        if image.mode in ("RGBA", "LA", "PA"):
+            raise InputError(f"{path}: has an alpha channel; a mask is one channel, white on the robot")
+        return torch.from_numpy(np.array(ImageOps.exif_transpose(image).convert("L"), dtype=np.float32) / 255.0)
 
 
 def write_png(path: str | Path, pixels: Tensor) -> Path:
@@ -112,6 +116,11 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         raise InputError(f"{path}: not a picture that can be read (PNG, JPEG, WebP, ...)") from error
     except (OSError, SyntaxError) as error:
         raise InputError(f"{path}: broken picture ({error})") from error
+
+
+def _refuse_16_bit(image: Image.Image, path: str | Path) -> None:
+    if image.mode.startswith(("I", "F")):
+        raise InputError(f"{path}: has more than 8 bits a channel; convert it to 8 bits")
 
 
 def _umask() -> int:

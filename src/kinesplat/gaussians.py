@@ -29,7 +29,7 @@ class Gaussians:
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
-        """Leading dimensions that every field broadcasts to."""
+        """Leading dimensions, the same for every field."""
         return tuple(self.means.shape[:-2])
 
     def __len__(self) -> int:

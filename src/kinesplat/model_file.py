@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kinesplat.errors import ModelFileError
+from kinesplat.errors import InputError, ModelFileError
 from kinesplat.files import written_whole
 
 FORMAT_VERSION = 1
@@ -28,7 +28,10 @@ def write_model_file(path: str | Path, tensors: Mapping[str, Tensor], header: Ma
     body = {**header, "format_version": FORMAT_VERSION}
     text = json.dumps({**body, "checksum": _checksum(stored, body)}, sort_keys=True)
     with written_whole(path) as temporary:
-        save_file(stored, temporary, metadata={_KEY: text})
+        try:
+            save_file(stored, temporary, metadata={_KEY: text})
+        except SafetensorError as error:
+            raise InputError(f"cannot write {path}: {error}") from error
 
 
 def read_model_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

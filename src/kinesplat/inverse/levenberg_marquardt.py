@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+MAX_DAMPING = 1e3
+
 
 @dataclass(frozen=True)
 class Linearization:
@@ -79,11 +81,12 @@ def levenberg_marquardt(
         state: the starting points.
         iterations: number of steps at most.
         damping: initial damping relative to the Hessian's diagonal.
-        tolerance: stop when no element lowered its loss by this fraction over two consecutive steps.
+        tolerance: stop when every element, twice in a row, lowered its loss by less than this fraction, or no step of
+            any length lowers it.
     """
     current = linearize(state)
     factor = torch.full_like(current.loss, damping)
-    losses, path, idle = [current.loss], [state], 0
+    losses, path, idle = [current.loss], [state], torch.zeros_like(current.loss)
     for _ in range(iterations):
         step = damped_step(current, factor, state.at_bound(current.gradient))
         candidate_state = state.retract(step)
@@ -92,11 +95,12 @@ def levenberg_marquardt(
         gain = torch.where(accepted, 1.0 - candidate.loss / current.loss.clamp(min=1e-30), 0.0)
         state = state.where(accepted, candidate_state)
         current = _where(accepted, candidate, current)
-        factor = torch.where(accepted, factor * 0.25, factor * 6.0).clamp(1e-7, 1e6)
+        factor = torch.where(accepted, factor * 0.25, factor * 6.0).clamp(1e-7, MAX_DAMPING)
         losses.append(current.loss)
         path.append(state)
-        idle = idle + 1 if bool((gain < tolerance).all()) else 0
-        if idle == 2:
+        stuck = torch.where(accepted, gain < tolerance, factor > MAX_DAMPING / 10.0)
+        idle = torch.where(stuck, idle + 1, 0)
+        if bool((idle >= 2).all()):
             break
     return Solution(state, current, torch.stack(losses), path)
 

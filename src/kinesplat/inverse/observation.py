@@ -1,5 +1,6 @@
 """What was seen: images, masks and cameras of one configuration, checked once, at any resolution."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +56,8 @@ class Observation:
             raise InputError(
                 f"images are {rgb.shape[2]} x {rgb.shape[1]} px; the camera says {camera.width} x {camera.height}"
             )
-        plain = plain_background(rgb)
         if masks is None:
+            plain = plain_background(rgb)
             if plain is None:
                 raise InputError("the image borders are not of one colour, so the background is not plain: give masks")
             return cls(rgb, None, camera, plain)
@@ -66,6 +67,7 @@ class Observation:
             raise InputError(f"masks have shape {tuple(mask.shape)}; the images need {tuple(rgb.shape[:-1])}")
         if not bool((mask > 0.5).flatten(1).any(dim=1).all()):
             raise InputError("a mask is empty: no pixel of the robot in that view")
+        plain = plain_background(torch.where(mask[..., None] > MASK_FLOOR, math.nan, rgb))
         background = torch.ones(3) if plain is None else plain
         return cls(torch.where(mask[..., None] > MASK_FLOOR, rgb, background), mask, camera, background)
 
@@ -83,8 +85,14 @@ class Observation:
 
 
 def plain_background(rgb: Float[Tensor, "views height width 3"]) -> Float[Tensor, "3"] | None:
-    """Colour of the image borders where it is one colour (robots may cross a third of them), else None."""
+    """Colour of the image borders where it is one colour (robots may cross a third of them), else None.
+
+    Pixels that are NaN do not count.
+    """
     border = torch.cat([rgb[:, [0, -1]].reshape(-1, 3), rgb[:, :, [0, -1]].reshape(-1, 3)])
+    border = border[torch.isfinite(border).all(dim=-1)]
+    if not len(border):
+        return None
     colour = border.median(dim=0).values
     outliers = ((border - colour).abs().amax(dim=-1) > 0.05).float().mean().item()
     return None if outliers > 0.35 else colour

@@ -104,7 +104,8 @@ def reconstruct(
     near = q_init is not None
     starts = (NEAR_STARTS if near else GLOBAL_STARTS) if starts is None else starts
     state = initial_states(model, observation, q_init, starts, seed, optimize_camera)
-    model.check_camera(state.q[0], observation.camera)
+    if near:
+        model.check_camera(state.q[0], observation.camera)
     levels = _levels(near, observation)
     objectives = [
         PhotometricObjective(model.subsample(level.splats), observation.resized(level.px), colour_weight)
@@ -129,14 +130,17 @@ def reconstruct(
             bar.update(task, description=f"{level.px} px, {len(state.q)} starts")
             solutions.append(levenberg_marquardt(objective.linearize, state, iterations=level.iterations))
             bar.advance(task)
-    return _result(objectives[-1], observation.camera, solutions, parents, time.perf_counter() - began)
+    fit = _result(objectives[-1], observation.camera, solutions, parents, time.perf_counter() - began)
+    if not optimize_camera:
+        model.check_camera(fit.q, fit.camera)
+    return fit
 
 
 def _levels(near: bool, observation: Observation) -> list[Level]:
-    """The stages that the size of the images allows; small images have one."""
+    """The stages that the size of the images allows; the last one is at full size, or 256 px, with the whole model."""
     long_side = max(observation.rgb.shape[1:3])
-    levels = NEAR_LEVELS if near else GLOBAL_LEVELS
-    return [level for level in levels if level.px <= long_side] or [replace(levels[-1], px=long_side, kept=1.0)]
+    *coarse, last = NEAR_LEVELS if near else GLOBAL_LEVELS
+    return [*(level for level in coarse if level.px < long_side), replace(last, px=min(last.px, long_side))]
 
 
 def initial_states(

@@ -15,7 +15,7 @@ WEAK_STD_RAD = 0.05
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One distinct minimum: ``q (dof,)`` [rad]/[m], its camera, and its loss (mean squared residual)."""
+    """One distinct minimum: ``q (dof,)`` [rad]/[m], its camera, and its loss (see `FitResult.loss`)."""
 
     q: Float[Tensor, " dof"]
     camera: Camera
@@ -29,8 +29,8 @@ class FitResult:
     Attributes:
         q: ``(dof,)`` the best configuration [rad]/[m].
         camera: the camera of the view, or a batch of one per view; the given one unless it was optimised.
-        loss_history: loss of the best start after each iteration, over all image sizes in turn (mean squared residual;
-            values of different image sizes are not comparable).
+        loss_history: loss of the best start after each iteration, over all image sizes in turn (values of
+            different image sizes are not comparable).
         level_starts: index into `loss_history` at which each image size begins.
         q_history: ``(iterations, dof)`` the configurations behind `loss_history`.
         covariance: ``(p, p)`` of `variable_names`, from the Gauss-Newton Hessian at the answer and the variance of its
@@ -55,7 +55,7 @@ class FitResult:
 
     @property
     def loss(self) -> float:
-        """Mean squared residual of the answer at the finest image size."""
+        """Squared residuals of the answer at the finest image size: summed over channels, averaged over pixels."""
         return self.hypotheses[0].loss
 
     @property

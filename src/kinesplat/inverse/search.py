@@ -106,6 +106,8 @@ def search(
 def with_aliases(objective: PhotometricObjective, state: Configurations, count: int) -> Configurations:
     """The given configurations and the most promising of their aliases, `count` in all."""
     aliases = state.tree.clamp(AliasMoves.of(state.tree).apply_all(state.q))
+    if not len(aliases):
+        return state
     losses = blurred_losses(objective, state, aliases, 1.0)
     best = losses.argsort()[: max(0, count - len(state.q))]
     return _with_q(state, torch.cat([state.q, aliases[best]]))
@@ -118,6 +120,8 @@ def children(
     parents = q[torch.arange(CHILDREN) % len(q)]
     moved = (torch.rand(parents.shape, generator=generator) < MOVED_SHARE).float()
     steps = moved * torch.randn(parents.shape, generator=generator) * step * joint_scale(tree)
+    if not len(moves.sign):
+        return tree.clamp(parents + steps)
     turned = moves.apply(parents, torch.randint(len(moves.sign), (CHILDREN,), generator=generator))
     aliased = torch.rand(CHILDREN, 1, generator=generator) < ALIAS_SHARE
     return tree.clamp(torch.where(aliased, turned, parents + steps))

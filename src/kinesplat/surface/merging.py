@@ -43,6 +43,7 @@ def merge_splats(
             _merge(parameters.select(torch.eq(link_index, int(i))).to("cpu", torch.float64), int(counts[i]), rng)
             for i in np.flatnonzero(counts)
         ]
+    counts[np.flatnonzero(counts)] = [len(part) for part in parts]  # a link may have fewer splats than its share
     merged = Parameters(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Parameters)))
     device, dtype = parameters.means.device, parameters.means.dtype
     return merged.to(device, dtype), torch.from_numpy(np.repeat(np.arange(links), counts)).to(link_index)

@@ -73,6 +73,15 @@ def test_file_round_trip(tmp_path: Path) -> None:
     assert (loaded.width, loaded.height) == (256, 128)
 
 
+def test_a_list_of_cameras_is_a_batch(tmp_path: Path) -> None:
+    cameras = [Camera.look_at((2.0, y, 0.5), (0.0, 0.0, 0.0)) for y in (0.1, 0.4)]
+    path = tmp_path / "cameras.json"
+    path.write_text(json.dumps([camera.to_json() for camera in cameras]))
+    loaded = Camera.from_json(path)
+    assert loaded.batch_shape == (2,)
+    torch.testing.assert_close(loaded.T_cam_world[1], cameras[1].T_cam_world)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -212,12 +212,17 @@ def test_bad_input_is_named(kinearm: SelfModel, unchecked_types: None) -> None:
         ({"masks": alpha[:100]}, "masks have shape"),
         ({"masks": torch.zeros_like(alpha)}, "mask is empty"),
         ({"images": torch.rand_like(rgb), "masks": None}, "give masks"),
+        ({"images": torch.ones_like(rgb), "masks": None}, "no robot"),
         ({"camera": None}, "camera is None"),
-        ({"camera": Camera(camera.K.expand(3, 3, 3), camera.T_cam_world.expand(3, 4, 4), 256, 256)}, "3"),
+        (
+            {"camera": Camera(camera.K.expand(3, 3, 3), camera.T_cam_world.expand(3, 4, 4), 256, 256)},
+            "one camera per view",
+        ),
         ({"q_init": torch.zeros(3)}, "joints"),
         ({"q_init": bad_q}, "shoulder"),
         ({"q_init": torch.zeros(2, 2, 7)}, "q_init has shape"),
         ({"starts": 0}, "starts is 0"),
+        ({"images": torch.stack([rgb, rgb]), "masks": torch.stack([alpha, alpha])}, "one camera per view"),
         ({"camera": Camera.look_at(inside, inside + torch.tensor([1.0, 0.0, 0.0]))}, "robot"),
     ]
     for change, says in cases:

@@ -67,7 +67,7 @@ class Camera:
             eye: ``(*batch, 3)`` camera centre in the world [m].
             target: ``(*batch, 3)`` point that projects onto the image centre [m].
             fov_y: vertical field of view [rad].
-            up: world direction that points up in the image; where it is parallel to the view, an axis across it is taken.
+            up: world direction that points up in the image; an axis across where it is parallel.
 
         Raises:
             InputError: `eye` equals `target`, or `fov_y` lies outside (0, pi).
@@ -144,13 +144,18 @@ class Camera:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Camera":
-        """Read a camera file: JSON with ``K`` [px], ``T_cam_world`` [m], ``width``, ``height`` [px].
+        """Read a camera file: JSON with ``K`` [px], ``T_cam_world`` [m], ``width``, ``height`` [px], or a list of such.
 
         Raises:
             InputError: the file is missing, is no JSON, or lacks one of the keys.
         """
         try:
             data = json.loads(Path(path).read_text())
+            if isinstance(data, list) and data and all(isinstance(entry, dict) for entry in data):
+                found = {(entry["width"], entry["height"]) for entry in data}
+                if len(found) > 1:
+                    raise InputError(f"camera file {path}: views of several sizes {sorted(found)}; expected one")
+                data = {**data[0], **{key: [entry[key] for entry in data] for key in ("K", "T_cam_world")}}
             sizes = int(data["width"]), int(data["height"])
             K, T_cam_world = (torch.tensor(data[key], dtype=torch.float32) for key in ("K", "T_cam_world"))
         except OSError as error:

@@ -27,6 +27,7 @@ from kinesplat.inverse import reconstruct as reconstruct_q
 from kinesplat.report import write_fit_pictures
 from kinesplat.self_model import SelfModel
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 app = tyro.extras.SubcommandApp()
@@ -215,12 +216,12 @@ def reconstruct(
 ) -> None:
     """Recover joint values (and the camera) from one picture, or several views of ONE configuration.
 
-    Writes fit.json, overlay pictures and a film into the output folder.
+    Writes fit.json, overlay pictures and a film into the output folder. Exits with 1 when the fit failed.
 
     Args:
         model: model file, or the name of a packaged model.
         images: picture files.
-        camera: JSON file with K, T_cam_world, width, height (lists of them for several views).
+        camera: JSON file with K, T_cam_world, width, height, or a list of such, one per picture.
         mask: one mask per picture, white on the robot; without masks the background must be of one colour.
         q_init: joint values to start from, right within about 0.3 rad; default: search all configurations.
         optimize_camera: also move the camera, starting from the given one.
@@ -234,6 +235,7 @@ def reconstruct(
         raise InputError("no picture given: kinesplat reconstruct MODEL IMAGE... --camera FILE")
     pictures = torch.stack(same_size([read_image(p) for p in images], images))
     masks = torch.stack(same_size([read_mask(p) for p in mask], mask)) if mask else None
+    make_folder(output)
     fit = reconstruct_q(
         loaded,
         pictures,
@@ -246,13 +248,14 @@ def reconstruct(
         seed=common.seed,
         progress=err.is_terminal,
     )
-    make_folder(output)
     for view, path in enumerate(images):
         write_fit_pictures(loaded, pictures[view], fit, output, f"{view}_{path.stem}", view)
     write_json(output / "fit.json", fit.to_json())
     out.print(fit.report())
     out.print(f"wrote {output / 'fit.json'} and pictures in {output}")
     write_json(common.json, fit.to_json())
+    if fit.verdict == "failed":
+        sys.exit(EXIT_FAILED)
 
 
 @command

@@ -14,6 +14,7 @@ from kinesplat.errors import InputError
 
 ImageLike = Any
 MASK_FLOOR = 0.02
+HIGHLIGHT = 1.5
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ class Observation:
         """Check and convert what a user passes.
 
         Args:
-            images: ``(height, width, 3)`` or ``(views, height, width, 3)``; float in [0, 1] or uint8, torch or numpy.
+            images: ``(height, width, 3)`` or ``(views, height, width, 3)``; float in [0, 1] or uint8, torch or numpy;
+                rendered highlights up to 1.5 are cut off at 1.
             masks: the same without the last axis; bool, float in [0, 1] or uint8; or None.
-            camera: one camera, or a batch with one per view.
+            camera: one camera per view.
 
         Raises:
             InputError: wrong type, shape, range, NaN, or an image size that is not the camera's.
@@ -60,6 +62,8 @@ class Observation:
             plain = plain_background(rgb)
             if plain is None:
                 raise InputError("the image borders are not of one colour, so the background is not plain: give masks")
+            if (rgb - plain).abs().amax().item() < 0.05:
+                raise InputError("the images are of one colour: no robot to be seen")
             return cls(rgb, None, camera, plain)
         mask = _as_float(masks, "masks")
         mask = mask[None] if mask.dim() == 2 else mask
@@ -100,8 +104,8 @@ def plain_background(rgb: Float[Tensor, "views height width 3"]) -> Float[Tensor
 
 def _one_per_view(camera: Camera, views: int) -> Camera:
     shape = camera.batch_shape
-    if shape not in ((), (1,), (views,)):
-        raise InputError(f"{views} views but a camera batch of shape {shape}; expected one camera or {views}")
+    if shape != (views,) and not (views == 1 and shape == ()):
+        raise InputError(f"{views} view(s) but a camera batch of shape {shape}; expected one camera per view")
     return Camera(
         camera.K.expand(views, 3, 3).float(),
         camera.T_cam_world.expand(views, 4, 4).float(),
@@ -123,6 +127,6 @@ def _as_float(values: ImageLike, name: str) -> Tensor:
         raise InputError(f"{name} have dtype {values.dtype}; expected float in [0, 1] or uint8")
     if not bool(torch.isfinite(values).all()):
         raise InputError(f"{name} contain NaN or infinity")
-    if values.numel() and (values.min().item() < -1e-3 or values.max().item() > 1.0 + 1e-3):
+    if values.numel() and (values.min().item() < -1e-3 or values.max().item() > HIGHLIGHT):
         raise InputError(f"{name} range over [{values.min():.3g}, {values.max():.3g}]; expected [0, 1]")
-    return values.float()
+    return values.float().clamp(0.0, 1.0)

@@ -71,7 +71,7 @@ class FitResult:
             f"{self.verdict}: loss {self.loss:.3g} after {len(self.loss_history)} iterations, {self.seconds:.1f} s"
         ]
         for name, value, deviation in zip(self.variable_names, self.q.tolist(), std, strict=False):
-            lines.append(f"  {name:<24} {value:+.4f} +- {deviation:.4f}")
+            lines.append(f"  {name:<24} {value:+.4f} +- {deviation:.1g}")
         for name in self.weak_variables:
             lines.append(f"  {name} is hardly observable from this view")
         for rank, other in enumerate(self.hypotheses[1:4], start=2):

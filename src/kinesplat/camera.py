@@ -151,13 +151,9 @@ class Camera:
         """
         try:
             data = json.loads(Path(path).read_text())
-            if isinstance(data, list) and data and all(isinstance(entry, dict) for entry in data):
-                found = {(entry["width"], entry["height"]) for entry in data}
-                if len(found) > 1:
-                    raise InputError(f"camera file {path}: views of several sizes {sorted(found)}; expected one")
-                data = {**data[0], **{key: [entry[key] for entry in data] for key in ("K", "T_cam_world")}}
-            sizes = int(data["width"]), int(data["height"])
-            K, T_cam_world = (torch.tensor(data[key], dtype=torch.float32) for key in ("K", "T_cam_world"))
+            entries = data if isinstance(data, list) else [data]
+            sizes = {(int(entry["width"]), int(entry["height"])) for entry in entries}
+            K, T_cam_world = (torch.tensor([entry[key] for entry in entries]).float() for key in ("K", "T_cam_world"))
         except OSError as error:
             raise InputError(f"camera file {path}: {error.strerror}") from error
         except KeyError as error:
@@ -165,7 +161,13 @@ class Camera:
             raise InputError(f"camera file {path}: key {error} is missing; expected {keys}") from error
         except (ValueError, TypeError) as error:
             raise InputError(f"camera file {path}: {error}") from error
-        return cls(K, T_cam_world, *sizes)
+        if len(sizes) != 1:
+            raise InputError(
+                f"camera file {path}: {len(sizes)} image sizes {sorted(sizes)}; expected one for all views"
+            )
+        if not isinstance(data, list):
+            K, T_cam_world = K[0], T_cam_world[0]
+        return cls(K, T_cam_world, *sizes.pop())
 
 
 def _float_dtype(value: Vector3) -> torch.dtype:

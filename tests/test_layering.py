@@ -24,7 +24,7 @@ LEVELS = [
     ["surface", "skinning", "dataset", "model_file"],
     ["self_model"],
     ["inverse"],
-    ["zoo", "demo", "benchmark", "report", "cli"],
+    ["zoo", "demo", "benchmark", "report", "commands", "cli"],
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 HEAVY = {"viser", "gsplat", "transformers", "diffusers", "ray", "mujoco_warp", "warp"}

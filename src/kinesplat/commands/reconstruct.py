@@ -1,0 +1,84 @@
+"""From pictures to joint values: reconstruct."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from kinesplat.camera import Camera
+from kinesplat.commands.common import (
+    EXIT_FAILED,
+    CommonOptions,
+    Model,
+    Output,
+    device_of,
+    err,
+    load_model,
+    make_folder,
+    out,
+    same_size,
+    write_json,
+)
+from kinesplat.errors import InputError
+from kinesplat.files import read_image, read_mask
+from kinesplat.inverse import reconstruct as reconstruct_q
+from kinesplat.report import write_fit_pictures
+
+
+def reconstruct(
+    model: Model,
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    camera: Path,
+    mask: tuple[Path, ...] = (),
+    q_init: tuple[float, ...] | None = None,
+    optimize_camera: bool = False,
+    starts: int | None = None,
+    colour_weight: float = 1.0,
+    output: Output = Path("reconstruct"),
+    *,
+    common: CommonOptions = DEFAULTS,
+) -> None:
+    """Recover joint values (and the camera) from one picture, or several views of ONE configuration.
+
+    Writes fit.json, overlay pictures and a film into the output folder. Exits with 1 when the fit failed.
+
+    Args:
+        model: model file, or the name of a packaged model.
+        images: picture files.
+        camera: JSON file with K, T_cam_world, width, height, or a list of such, one per picture.
+        mask: one mask per picture, white on the robot; without masks the background must be of one colour.
+        q_init: joint values to start from, right within about 0.3 rad; default: search all configurations.
+        optimize_camera: also move the camera, starting from the given one.
+        starts: number of starts that are optimised; default 16, or 48 without q_init.
+        colour_weight: weight of the colours against the mask; 0.1 for photographs whose light is not a headlight.
+        output: folder for the results; created if needed.
+    """
+    device_of(common)
+    loaded = load_model(model)
+    if not images:
+        raise InputError("no picture given: kinesplat reconstruct MODEL IMAGE... --camera FILE")
+    pictures = torch.stack(same_size([read_image(p) for p in images], images))
+    masks = torch.stack(same_size([read_mask(p) for p in mask], mask)) if mask else None
+    make_folder(output)
+    fit = reconstruct_q(
+        loaded,
+        pictures,
+        Camera.from_json(camera),
+        masks=masks,
+        optimize_camera=optimize_camera,
+        starts=starts,
+        colour_weight=colour_weight,
+        q_init=None if q_init is None else torch.tensor(q_init),
+        seed=common.seed,
+        progress=err.is_terminal,
+    )
+    for view, path in enumerate(images):
+        write_fit_pictures(loaded, pictures[view], fit, output, f"{view}_{path.stem}", view)
+    write_json(output / "fit.json", fit.to_json())
+    out.print(fit.report())
+    out.print(f"wrote {output / 'fit.json'} and pictures in {output}")
+    write_json(common.json, fit.to_json())
+    if fit.verdict == "failed":
+        sys.exit(EXIT_FAILED)

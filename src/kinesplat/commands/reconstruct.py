@@ -9,6 +9,7 @@ import tyro
 
 from kinesplat.camera import Camera
 from kinesplat.commands.common import (
+    DEFAULTS,
     EXIT_FAILED,
     CommonOptions,
     Model,

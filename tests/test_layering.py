@@ -21,9 +21,9 @@ LEVELS = [
         "files",
     ],
     ["description", "rasterizer"],
-    ["surface", "skinning", "dataset", "model_file"],
+    ["appearance", "surface", "skinning", "dataset", "model_file"],
     ["self_model"],
-    ["inverse"],
+    ["evaluation", "inverse", "training"],
     ["zoo", "demo", "benchmark", "report", "commands", "cli"],
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

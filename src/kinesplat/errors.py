@@ -20,6 +20,10 @@ class ModelFileError(KinesplatError):
     """A self-model file that is missing, broken, or of an unknown version."""
 
 
+class TrainingError(KinesplatError):
+    """A training run that cannot go on: a loss or a parameter that is no number."""
+
+
 class BackendError(KinesplatError):
     """A rasteriser backend, device or optional package that is not there."""
 

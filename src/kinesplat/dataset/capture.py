@@ -12,50 +12,63 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kinesplat.camera import Camera
+from kinesplat.dataset.frames import Frames
+from kinesplat.dataset.lights import HEADLIGHT_AMBIENT, HEADLIGHT_DIFFUSE, LightSetting, draw_lights
 from kinesplat.description import Robot, mujoco_qpos
 from kinesplat.description.visuals import VISUAL_GROUP
 from kinesplat.errors import BackendError, InputError
 from kinesplat.rasterizer import Render
 
-HEADLIGHT_AMBIENT = 0.5
-HEADLIGHT_DIFFUSE = 0.5
 WHITE = (1.0, 1.0, 1.0, 1.0)
 _WORLD_AXES_OF_CV = np.array([1.0, -1.0, -1.0])  # an OpenCV camera seen from MuJoCo's: +Y up, looking along -Z
 
 
 class Capture:
-    """Renders the visual geoms of a robot under a headlight, on white.
+    """Renders the visual geoms of a robot on white: no floor, no specular, the description's own lights off.
 
-    The light is the one of the data sets: a directional light along the view axis (ambient 0.5, diffuse 0.5, no
-    specular), the description's own lights off, no shadows, no floor. Meshes are seen from their front only, as in
-    MuJoCo's own viewer.
+    The headlight is a directional light along the view axis (ambient 0.5, diffuse 0.5) without shadows; "world" and
+    "random" are lights fixed in the world with ray-traced shadows, see `kinesplat.dataset.lights`. Meshes are seen from
+    their front only, as in MuJoCo's own viewer.
     """
 
-    def __init__(self, robot: Robot, samples: int = 4) -> None:
+    def __init__(self, robot: Robot, samples: int = 4, light: LightSetting = "headlight", seed: int = 0) -> None:
         """Prepare a robot; the first rendering compiles kernels (seconds, cached on disk by warp).
 
         Args:
             robot: what to look at.
-            samples: rays a pixel, on a low-discrepancy pattern.
+            samples: rays a pixel, on a low-discrepancy pattern; at most 255.
+            light: "headlight", "world" (one fixed light) or "random" (another light for every image).
+            seed: of the random lights that a call does not name.
 
         Raises:
             BackendError: `mujoco_warp` is not installed.
-            InputError: the robot has no visual geom, or `samples` is below 1.
+            InputError: the robot has no visual geom, `samples` is not within 1 to 255, or `light` is unknown.
         """
-        if samples < 1:
-            raise InputError(f"samples is {samples}; expected at least one ray a pixel")
+        if not 1 <= samples <= 255:
+            raise InputError(f"samples is {samples}; expected 1 to 255 rays a pixel")
         self.robot = robot
         self.samples = samples
+        self.light: LightSetting = light
+        self._generator = torch.Generator().manual_seed(seed)
+        draw_lights(light, 0, self._generator)  # refuses an unknown light
         self._warp, self._mjw = _import_renderer()
-        self._mj_model = _render_model(robot)
+        self._mj_model = _render_model(robot, headlight=light == "headlight")
         self._mj_data = mujoco.MjData(self._mj_model)
         self._link_of_geom = np.append(self._mj_model.geom_bodyid - 1, -1)  # the last is what "no geom", -1, finds
         with self._device():
             self._model = self._mjw.put_model(self._mj_model)
             self._data = self._mjw.make_data(self._mj_model, nworld=1)
             self._context = self._mjw.create_render_context(
-                self._mj_model, 1, cam_active=[], enabled_geom_groups=[VISUAL_GROUP], background_color=WHITE
+                self._mj_model,
+                1,
+                cam_active=[],
+                enabled_geom_groups=[VISUAL_GROUP],
+                background_color=WHITE,
+                use_shadows=light != "headlight",
+                shadow_light_fraction=0.0,
             )
+            if light != "headlight":
+                self._install_lights()
         self._size = (0, 0)
 
     def render(
@@ -63,6 +76,7 @@ class Capture:
         q: Float[Tensor, "*#batch dof"],
         camera: Camera,
         T_world_base: Float[Tensor, "*#batch 4 4"] | None = None,
+        light: Float[Tensor, "*#batch 7"] | None = None,
     ) -> Render:
         """Images of configurations `q` from `camera`; the batch is the broadcast of both (one image at a time).
 
@@ -70,24 +84,33 @@ class Capture:
             q: ``(*batch, dof)`` joint values [rad], [m].
             camera: camera or batch of cameras, any K (skew and off-centre principal point included).
             T_world_base: ``(*batch, 4, 4)`` where the base is; the description's own place by default.
+            light: ``(*batch, 7)`` rows of `kinesplat.dataset.lights`; by default the fixed or the next random ones.
 
         Returns:
             rgb ``(*batch, h, w, 3)`` on white; alpha, the share of rays that hit; depth [m] along +Z, the mean over the
             rays that hit, 0 where none does; link_id, the link that most rays hit, -1 where fewer than half hit any.
+
+        Raises:
+            InputError: lights are given, but the capture was made for the headlight.
         """
         tree = self.robot.tree
         T_world_base = tree.T_world_base if T_world_base is None else T_world_base
-        batch = torch.broadcast_shapes(q.shape[:-1], T_world_base.shape[:-2], camera.batch_shape)
+        shapes = [q.shape[:-1], T_world_base.shape[:-2], camera.batch_shape]
+        batch = torch.broadcast_shapes(*shapes, *([] if light is None else [light.shape[:-1]]))
         Ts = [T.detach().double().cpu() for T in (T_world_base, camera.K, camera.T_cam_world)]
         count = math.prod(batch)
         Ts = [T.expand(*batch, *T.shape[-2:]).reshape(count, *T.shape[-2:]) for T in Ts]
         q = q.detach().cpu().expand(*batch, tree.dof).reshape(count, tree.dof)
-        rows = [mujoco_qpos(self.robot, q, Ts[0]), *(T.numpy() for T in Ts)]
+        rows = [mujoco_qpos(self.robot, q, Ts[0]), *(T.numpy() for T in Ts), self._lights(light, batch)]
         with self._device():
             self._resize(camera.width, camera.height)
             images = [self._image(*row) for row in zip(*rows, strict=True)]
         parts = [torch.from_numpy(np.stack(part)) for part in zip(*images, strict=True)]
         return Render(*(part.reshape(*batch, *part.shape[1:]) for part in parts))
+
+    def draw_lights(self, count: int) -> Float[Tensor, "count 7"] | None:
+        """Lights of the next `count` images, see `kinesplat.dataset.lights`; None under the headlight."""
+        return draw_lights(self.light, count, self._generator)
 
     def _image(
         self,
@@ -95,9 +118,12 @@ class Capture:
         T_world_base: Float[np.ndarray, "4 4"],
         K: Float[np.ndarray, "3 3"],
         T_cam_world: Float[np.ndarray, "4 4"],
+        light: Float[np.ndarray, " numbers"],
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         width, height = self._size
         self._place(*_geom_poses(self.robot, self._mj_data, qpos, T_world_base), T_cam_world)
+        if self.light != "headlight":
+            self._light(light, T_cam_world[2, :3])
         rays = _camera_rays(K, width, height, self.samples)
         self._context.ray = self._warp.array(rays, dtype=self._warp.vec3)
         self._mjw.refit_bvh(self._model, self._data, self._context)
@@ -122,6 +148,43 @@ class Capture:
         self._data.cam_xpos = wp.array(centre[None, None].astype(np.float32), dtype=wp.vec3)
         self._data.cam_xmat = wp.array((R_world_cam * _WORLD_AXES_OF_CV)[None, None].astype(np.float32), dtype=wp.mat33)
 
+    def _lights(self, light: Tensor | None, batch: tuple[int, ...]) -> Float[np.ndarray, "count numbers"]:
+        """Light rows of every image; rows of nothing under the headlight."""
+        count = math.prod(batch)
+        if self.light == "headlight":
+            if light is not None:
+                raise InputError(
+                    f"lights given to a headlight; make the capture of {self.robot.name} with light='world'"
+                )
+            return np.zeros((count, 0))
+        if light is None:
+            light = draw_lights(self.light, count, self._generator)
+            assert light is not None
+            return light.numpy()
+        return light.detach().double().cpu().expand(*batch, 7).reshape(count, 7).numpy()
+
+    def _install_lights(self) -> None:
+        """Give the device model two directional lights: the world's, and one that goes with the camera.
+
+        The description's own lights are left behind, so the model needs none; `_light` sets what an image needs.
+        """
+        wp, model = self._warp, self._model
+        model.nlight = 2
+        model.light_type = wp.array([[1, 1]], dtype=int)
+        model.light_active = wp.array([[True, True]], dtype=bool)
+        model.light_attenuation = wp.array([[[1.0, 0.0, 0.0]] * 2], dtype=wp.vec3)
+        model.light_cutoff = model.light_exponent = wp.zeros((1, 2), dtype=float)
+        model.light_specular = self._data.light_xpos = wp.zeros((1, 2), dtype=wp.vec3)
+
+    def _light(self, light: Float[np.ndarray, " numbers"], view_axis: Float[np.ndarray, "3"]) -> None:
+        wp, model = self._warp, self._model
+        _, _, _, ambient, diffuse, headlight, shadows = light.tolist()
+        model.light_castshadow = wp.array([[shadows > 0.5, False]], dtype=bool)
+        model.light_ambient = wp.array([[[ambient] * 3, [0.0] * 3]], dtype=wp.vec3)
+        model.light_diffuse = wp.array([[[diffuse] * 3, [headlight] * 3]], dtype=wp.vec3)
+        directions = np.stack([light[:3] / np.linalg.norm(light[:3]), view_axis])
+        self._data.light_xdir = wp.array(directions[None].astype(np.float32), dtype=wp.vec3)
+
     def _resize(self, width: int, height: int) -> None:
         """Give the context its one camera: the model needs none, and rays are our own, so any K is exact."""
         if self._size == (width, height):
@@ -142,6 +205,33 @@ class Capture:
         return self._warp.ScopedDevice("cuda" if self._warp.is_cuda_available() else "cpu")
 
 
+def capture_frames(
+    capture: Capture | Robot,
+    q: Float[Tensor, "n dof"],
+    camera: Camera,
+    light: Float[Tensor, "n 7"] | None = None,
+) -> Frames:
+    """Images of one configuration and one camera a row.
+
+    Args:
+        capture: a prepared capture, or a robot to make one for (4 rays a pixel, headlight).
+        q: ``(n, dof)`` joint values [rad or m].
+        camera: cameras of batch ``(n,)``.
+        light: ``(n, 7)`` lights; by default those of the capture.
+    """
+    capture = capture if isinstance(capture, Capture) else Capture(capture)
+    if camera.batch_shape != (len(q),):
+        raise InputError(f"{len(q)} configurations need as many cameras, got a batch {camera.batch_shape}")
+    light = capture.draw_lights(len(q)) if light is None else light.detach().double().cpu()
+    out = capture.render(q, camera, light=light)
+    assert out.rgb is not None
+    assert out.alpha is not None
+    assert out.link_id is not None
+    rgb, alpha = ((255.0 * part).round().to(torch.uint8) for part in (out.rgb, out.alpha))
+    q, camera = q.detach().double().cpu(), camera.to("cpu", torch.float64)
+    return Frames(q, camera, rgb, alpha, out.depth, out.link_id.to(torch.int16), light)
+
+
 def _import_renderer() -> tuple[Any, Any]:
     try:
         warp = import_module("warp")
@@ -154,14 +244,14 @@ def _import_renderer() -> tuple[Any, Any]:
         ) from error
 
 
-def _render_model(robot: Robot) -> mujoco.MjModel:
-    """A copy of the model that is lit by the headlight alone."""
+def _render_model(robot: Robot, headlight: bool) -> mujoco.MjModel:
+    """A copy of the model that is lit by the headlight alone, or by nothing."""
     if VISUAL_GROUP not in robot.mj_model.geom_group:  # the renderer would crash
         raise InputError(f"robot {robot.name} has no visual geom; nothing to render")
     model = copy.copy(robot.mj_model)
     model.light_active[:] = 0
     light = model.vis.headlight
-    light.active = 1
+    light.active = int(headlight)
     light.ambient[:], light.diffuse[:], light.specular[:] = HEADLIGHT_AMBIENT, HEADLIGHT_DIFFUSE, 0.0
     return model
 

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find src -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.hpp' 2>/dev/null)
+SOURCES := $(shell find src -type f ! -name '*.so' ! -name '*.pyc' 2>/dev/null)
 
 .PHONY: demo test test-all lint clean
 

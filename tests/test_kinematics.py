@@ -15,6 +15,7 @@ from kinesplat.description.mujoco_tree import tree_of
 from kinesplat.description.sources import Options, loaded
 from kinesplat.errors import InputError, ModelFileError
 from kinesplat.kinematics import KinematicTree
+from kinesplat.self_model import SelfModel
 
 
 def random_xml(seed: int) -> str:
@@ -277,6 +278,14 @@ def test_index_out_of_range_is_named(name: str, value: int) -> None:
     tensors[name][1] = value
     with pytest.raises(ModelFileError, match=name):
         KinematicTree.from_tensors(tensors)
+
+
+def test_lists_and_batches_that_do_not_fit_are_refused(kinearm: SelfModel, unchecked_types: None) -> None:
+    tree = kinearm.tree
+    with pytest.raises(InputError, match="q is a list; expected a torch tensor"):
+        tree.forward_kinematics([0.0] * tree.dof)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"q \(3, 7\) and T_world_base \(2, 4, 4\) do not broadcast"):
+        tree.forward_kinematics(torch.zeros(3, tree.dof), torch.eye(4).expand(2, 4, 4))
 
 
 def test_wrong_q_is_refused_with_the_joints() -> None:

@@ -178,6 +178,11 @@ class KinematicTree:
             raise ModelFileError(f"kinematic tree: inconsistent {', '.join(wrong)}")
 
     def _checked(self, q: Tensor, T_world_base: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        for name, value in (("q", q), ("T_world_base", T_world_base)):
+            if value is not None and not isinstance(value, Tensor):
+                raise InputError(
+                    f"{name} is a {type(value).__name__}; expected a torch tensor"
+                )
         if q.shape[-1:] != (self.dof,):
             names = ", ".join(self.joint_names)
             raise InputError(f"q has shape {tuple(q.shape)}; its last axis must hold the {self.dof} joints ({names})")
@@ -191,7 +196,11 @@ class KinematicTree:
         if T_world_base.shape[-2:] != (4, 4):
             raise InputError(f"T_world_base has shape {tuple(T_world_base.shape)}; expected (*batch, 4, 4)")
         T_world_base = T_world_base.to(q)
-        batch = torch.broadcast_shapes(q.shape[:-1], T_world_base.shape[:-2])
+        try:
+            batch = torch.broadcast_shapes(q.shape[:-1], T_world_base.shape[:-2])
+        except RuntimeError as error:
+            shapes = f"q {tuple(q.shape)} and T_world_base {tuple(T_world_base.shape)}"
+            raise InputError(f"the batches of {shapes} do not broadcast") from error
         return q.expand(*batch, self.dof), T_world_base.expand(*batch, 4, 4).reshape(-1, 4, 4)
 
     def _nodes(self, q: Tensor, T_world_base: Tensor | None) -> tuple[Tensor, Tensor, NodeConstants]:

@@ -18,6 +18,7 @@ from kinesplat.self_model import SelfModel
 OUTLINE_RGB = (0.9, 0.0, 0.55)
 FILM_FRAMES = 60
 FILM_SECONDS = 4.0
+FILM_PX = 512
 
 Picture = Float[Tensor, "height width 3"]
 
@@ -44,7 +45,7 @@ def difference(image: Picture, rgb: Picture) -> Picture:
 def write_fit_pictures(
     model: SelfModel, image: Picture, fit: FitResult, folder: Path, stem: str, view: int = 0
 ) -> dict[str, Path]:
-    """Target, start, fit, overlay and error of one view, and a film of the optimisation.
+    """Target, start, fit, overlay and error of one view, and a film of the optimisation, of at most 512 px.
 
     Returns:
         Paths by kind: ``target``, ``start``, ``fit``, ``overlay``, ``error``, ``film``.
@@ -112,11 +113,18 @@ def _data_url(path: Path) -> str:
 def _write_film(model: SelfModel, image: Picture, camera: Camera, fit: FitResult, path: Path) -> Path:
     count = len(fit.q_history)
     picked = torch.linspace(0, count - 1, min(FILM_FRAMES, count)).round().long()
-    out = model.render(fit.q_history[picked], camera)
+    shrink = min(1.0, FILM_PX / max(camera.width, camera.height))
+    camera = camera.resized(max(1, round(shrink * camera.width)), max(1, round(shrink * camera.height)))
+    pixels = image.permute(2, 0, 1)[None]
+    small = torch.nn.functional.adaptive_avg_pool2d(pixels, (camera.height, camera.width))[0].permute(1, 2, 0)
+    return write_gif(path, [_film_frame(model, small, camera, q) for q in fit.q_history[picked]], FILM_SECONDS)
+
+
+def _film_frame(model: SelfModel, image: Picture, camera: Camera, q: Float[Tensor, " dof"]) -> Picture:
+    out = model.render(q, camera)
     assert out.rgb is not None
     assert out.alpha is not None
-    frames = [side_by_side([overlay(image, rgb, alpha), rgb]) for rgb, alpha in zip(out.rgb, out.alpha, strict=True)]
-    return write_gif(path, frames, FILM_SECONDS)
+    return side_by_side([overlay(image, out.rgb, out.alpha), out.rgb])
 
 
 def _view(camera: Camera, view: int) -> Camera:

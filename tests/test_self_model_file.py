@@ -86,7 +86,7 @@ def test_flipped_bit(path: Path, share: float) -> None:
 
 def test_newer_and_unknown_versions(path: Path) -> None:
     rewrite(path, {"format_version": 99})
-    with pytest.raises(ModelFileError, match="format version 99, this kinesplat reads 1; update kinesplat"):
+    with pytest.raises(ModelFileError, match="format version 99, this kinesplat reads 1 to 2; update kinesplat"):
         SelfModel.load(path)
     rewrite(path, {"format_version": 0})
     with pytest.raises(ModelFileError, match="build the model again"):

@@ -14,7 +14,9 @@ from torch import Tensor
 from kinesplat.errors import InputError, ModelFileError
 from kinesplat.files import written_whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: splats bound to links. 2: networks beside them."""
+OLDEST_VERSION = 1
 _KEY = "kinesplat"
 
 
@@ -85,9 +87,10 @@ def read_header_text(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         version = int(header["format_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise ModelFileError(f"{path}: corrupt header ({error})") from error
-    if version != FORMAT_VERSION:
+    if not OLDEST_VERSION <= version <= FORMAT_VERSION:
         advice = "update kinesplat" if version > FORMAT_VERSION else "build the model again"
-        raise ModelFileError(f"{path}: format version {version}, this kinesplat reads {FORMAT_VERSION}; {advice}")
+        known = f"{OLDEST_VERSION} to {FORMAT_VERSION}"
+        raise ModelFileError(f"{path}: format version {version}, this kinesplat reads {known}; {advice}")
     return header
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kinesplat import __version__
+from kinesplat.appearance.field import AppearanceField
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError, ModelFileError
 from kinesplat.gaussians import Gaussians, Parameters
@@ -18,7 +20,7 @@ from kinesplat.kinematics import KinematicTree
 from kinesplat.model_file import read_model_file, write_model_file
 from kinesplat.rasterizer import DEFAULT_OUTPUTS, WHITE, Render, rasterize_links
 from kinesplat.rasterizer.render import Background
-from kinesplat.skinning import pose_gaussians
+from kinesplat.skinning import SkinningField, blend_gaussians, link_motions, pose_gaussians
 from kinesplat.surface.merging import merge_splats
 from kinesplat.surface.patches import OVERLAP
 
@@ -36,10 +38,13 @@ class SelfModel:
 
     Attributes:
         tree: the robot's kinematics.
-        parameters: the splats, means, quats and spherical harmonics in the frame of their link.
-        link_index: ``(n,)`` the link that each splat rides on.
+        parameters: the splats, means, quats and spherical harmonics in the frame of their link; with a skinning field
+            in the world, in the canonical configuration.
+        link_index: ``(n,)`` the link that each splat rides on; with a skinning field its heaviest one.
         eps2d: screen dilation that the splats were made for [px^2].
         provenance: where the model comes from: robot, source, licence of the description, recipe, ...
+        skinning: how splats follow several links at once; None where each is bound to its link.
+        appearance: how their looks change with the configuration, of a model with a skinning field.
     """
 
     tree: KinematicTree
@@ -47,6 +52,8 @@ class SelfModel:
     link_index: Int[Tensor, " n"]
     eps2d: float = EPS2D
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    skinning: SkinningField | None = None
+    appearance: AppearanceField | None = None
 
     @classmethod
     def from_description(cls, robot: "kinesplat.description.Robot", n: int = 10_000, seed: int = 0) -> "SelfModel":
@@ -87,8 +94,25 @@ class SelfModel:
         Raises:
             InputError: q has another number of joints or is not finite.
         """
-        Ts_world_link = self.tree.forward_kinematics(q, T_world_base).to(self.parameters.means.dtype)
-        return pose_gaussians(self.parameters.activate(), self.link_index, Ts_world_link)
+        gaussians = self.parameters.activate()
+        if self.skinning is not None:
+            return self._posed_by_fields(gaussians, self.skinning, q, T_world_base)
+        Ts_world_link = self.tree.forward_kinematics(q, T_world_base).to(gaussians.means.dtype)
+        return pose_gaussians(gaussians, self.link_index, Ts_world_link)
+
+    def _posed_by_fields(
+        self, gaussians: Gaussians, skinning: SkinningField, q: Tensor, T_world_base: Tensor | None
+    ) -> Gaussians:
+        """Liu et al. 2024, the argument of `render` in eq. 6: ``X(D(G, q), q)``; then the base carries all of it."""
+        canonical, q = gaussians.means, q.to(gaussians.means)
+        motions = link_motions(self.tree, q)
+        posed = blend_gaussians(gaussians, skinning(canonical), motions, bool(skinning.turns_harmonics))
+        if self.appearance is not None:
+            posed = self.appearance(posed, canonical, q)
+        if T_world_base is None:
+            return posed
+        moved = self.tree.forward_kinematics(q, T_world_base) @ torch.linalg.inv(self.tree.forward_kinematics(q))
+        return pose_gaussians(posed, self.link_index, moved.to(canonical))
 
     def render(
         self,
@@ -113,16 +137,25 @@ class SelfModel:
         Raises:
             InputError: q, camera or background of the wrong shape, or not finite; an unknown output or backend.
         """
+        gaussians, Ts = self.parameters.activate(), self.tree.forward_kinematics(q, T_world_base)
+        if self.skinning is not None:  # posed in the world, but told apart by link
+            gaussians, Ts = self.posed(q, T_world_base), torch.eye(4).to(gaussians.means).expand(Ts.shape[-3], 4, 4)
         return rasterize_links(
-            self.parameters.activate(),
+            gaussians,
             self.link_index,
-            self.tree.forward_kinematics(q, T_world_base),
+            Ts,
             camera,
             background,
             eps2d=self.eps2d,
             backend=backend,
             outputs=outputs,
         )
+
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """The networks that the model has, by the name of their attribute."""
+        both = {"skinning": self.skinning, "appearance": self.appearance}
+        return {name: network for name, network in both.items() if network is not None}
 
     def check_camera(
         self, q: Float[Tensor, " dof"], camera: Camera, T_world_base: Float[Tensor, "4 4"] | None = None
@@ -137,9 +170,8 @@ class SelfModel:
                 its surface; says which camera.
         """
         with torch.no_grad():
-            Ts_world_link = self.tree.forward_kinematics(q, T_world_base).to(self.parameters.means.dtype)
-            centres = camera.T_world_cam[..., :3, 3].to(Ts_world_link).reshape(-1, 3)
-            winding, distance = _winding_numbers(self.parameters.activate(), self.link_index, Ts_world_link, centres)
+            centres = camera.T_world_cam[..., :3, 3].to(self.parameters.means).reshape(-1, 3)
+            winding, distance = _winding_numbers(self.posed(q, T_world_base), centres)
         for index in torch.nonzero((winding > 0.5) | (distance < NEAR))[:, 0].tolist():
             where = "inside the robot" if winding[index] > 0.5 else f"{1000 * distance[index]:.1f} mm from the robot"
             place = ", ".join(f"{x:.3f}" for x in centres[index].tolist())
@@ -159,8 +191,9 @@ class SelfModel:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "SelfModel":
         """The same model with its splats on another device or in another dtype; the tree answers in q's."""
+        moved = {name: deepcopy(network).to(device, dtype) for name, network in self.networks.items()}
         parameters = self.parameters.to(device, dtype)
-        return replace(self, parameters=parameters, link_index=self.link_index.to(device))
+        return replace(self, parameters=parameters, link_index=self.link_index.to(device), **moved)
 
     def save(self, path: str | Path, half: bool = False) -> None:
         """Write the model to one file, whole or not at all.
@@ -176,6 +209,8 @@ class SelfModel:
         if half:
             splats |= {name: splats[name].half() for name in _HALF}
         tree = {f"tree.{name}": tensor for name, tensor in self.tree.to_tensors().items()}
+        for name, network in self.networks.items():
+            splats |= {f"{name}.{key}": tensor for key, tensor in network.state_dict().items()}
         header = {"eps2d": self.eps2d, "provenance": dict(self.provenance)}
         write_model_file(path, {**splats, **tree, "link_index": self.link_index.to(torch.int16)}, header)
 
@@ -190,13 +225,24 @@ class SelfModel:
         try:
             tree = KinematicTree.from_tensors({k[5:]: t for k, t in tensors.items() if k.startswith("tree.")})
             parameters = Parameters(*(tensors[f.name].float() for f in fields(Parameters)))
-            model = cls(tree, parameters, tensors["link_index"].long(), float(header["eps2d"]), header["provenance"])
+            link_index, eps2d = tensors["link_index"].long(), float(header["eps2d"])
+            skinning, appearance = _read_networks(tensors)
+            model = cls(tree, parameters, link_index, eps2d, header["provenance"], skinning, appearance)
         except KeyError as error:
             raise ModelFileError(f"{path}: {error} is missing") from error
-        except ModelFileError as error:
-            raise ModelFileError(f"{path}: {error}") from error
+        except (ModelFileError, RuntimeError) as error:
+            raise ModelFileError(f"{path}: {' '.join(str(error).split())}") from error
         _check_contents(model, path)
         return model
+
+
+def _read_networks(tensors: Mapping[str, Tensor]) -> tuple[SkinningField | None, AppearanceField | None]:
+    states = {
+        prefix: {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        for prefix in ("skinning.", "appearance.")
+    }
+    skinning, appearance = states.values()
+    return SkinningField.like(skinning) if skinning else None, AppearanceField.like(appearance) if appearance else None
 
 
 def _check_contents(model: SelfModel, path: str | Path) -> None:
@@ -205,19 +251,23 @@ def _check_contents(model: SelfModel, path: str | Path) -> None:
         raise ModelFileError(f"{path}: arrays of {sorted({len(v) for v in values})} and {len(model.link_index)} splats")
     if not all(torch.isfinite(v).all() for v in values):
         raise ModelFileError(f"{path}: a splat parameter is NaN or infinite")
+    if not all(torch.isfinite(p).all() for network in model.networks.values() for p in network.parameters()):
+        raise ModelFileError(f"{path}: a weight of a network is NaN or infinite")
     links = len(model.tree.link_names)
+    if model.skinning is not None and model.skinning.network.last.out_features != links:
+        raise ModelFileError(
+            f"{path}: a skinning field of {model.skinning.network.last.out_features} links, not {links}"
+        )
+    if model.appearance is not None and len(model.appearance.q_half) != model.tree.dof:
+        raise ModelFileError(
+            f"{path}: an appearance field of {len(model.appearance.q_half)} joints, not {model.tree.dof}"
+        )
     if len(model.link_index) and not 0 <= int(model.link_index.min()) <= int(model.link_index.max()) < links:
         raise ModelFileError(f"{path}: a splat rides on a link outside 0 to {links - 1}")
 
 
-def _winding_numbers(
-    gaussians: Gaussians,
-    link_index: Int[Tensor, " n"],
-    Ts_world_link: Float[Tensor, "links 4 4"],
-    points: Float[Tensor, "m 3"],
-) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
+def _winding_numbers(posed: Gaussians, points: Float[Tensor, "m 3"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
     """Winding number of the splats' surface around each point, and distance to the nearest splat [m]."""
-    posed = pose_gaussians(gaussians, link_index, Ts_world_link)
     w, x, y, z = posed.quats.unbind(-1)
     normals = torch.stack([2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)], dim=-1)
     areas = math.pi * (2.0 / OVERLAP) ** 2 * posed.scales[..., 0] * posed.scales[..., 1]

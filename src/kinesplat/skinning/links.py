@@ -1,4 +1,4 @@
-"""Splats that ride on links: the exact binding of a mesh-bound self-model."""
+"""Splats that ride on links: the exact binding of a mesh-bound self-model, and its rotations of harmonics."""
 
 import math
 from functools import cache
@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kinesplat.gaussians import Gaussians
+from kinesplat.quaternions import quat_product, rotations_to_quats
 from kinesplat.rasterizer.spherical_harmonics import sh_basis, sh_degree
 
 
@@ -17,7 +18,7 @@ def pose_gaussians(
     """Splats given in link frames, moved into the world; means, quats and spherical harmonics turn with their link.
 
     Args:
-        gaussians: ``(n, ...)`` in link frames.
+        gaussians: ``(n, ...)`` in link frames, or a batch of them that broadcasts to ``*batch``.
         link_index: ``(n,)`` link of each splat.
         Ts_world_link: ``(*batch, links, 4, 4)`` [m].
 
@@ -27,9 +28,9 @@ def pose_gaussians(
     batch = Ts_world_link.shape[:-3]
     R, t = Ts_world_link[..., :3, :3], Ts_world_link[..., :3, 3]
     means = (R[..., link_index, :, :] @ gaussians.means[..., None])[..., 0] + t[..., link_index, :]
-    quats = _quat_product(_rotations_to_quats(R)[..., link_index, :], gaussians.quats)
+    quats = quat_product(rotations_to_quats(R)[..., link_index, :], gaussians.quats)
     sh = sh_rotation(R, sh_degree(gaussians.sh.shape[-2]))[..., link_index, :, :] @ gaussians.sh
-    scales = gaussians.scales.expand(*batch, *gaussians.scales.shape)
+    scales = gaussians.scales.expand(*batch, len(gaussians), 3)
     return Gaussians(means, quats, scales, gaussians.opacities.expand(*batch, len(gaussians)), sh)
 
 
@@ -52,29 +53,3 @@ def _fixed_directions(degree: int) -> tuple[Float[Tensor, "m 3"], Float[Tensor, 
     rho = torch.sqrt(1.0 - z.square())
     directions = torch.stack([rho * azimuth.cos(), rho * azimuth.sin(), z], dim=-1)
     return directions, torch.linalg.pinv(sh_basis(directions, degree))
-
-
-def _rotations_to_quats(R: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 4"]:
-    """Unit quaternions wxyz: of the four rows of ``4 q q^T``, the one with the largest diagonal (Shepperd 1978)."""
-    (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in R.unbind(-2))
-    rows = [
-        [1 + a + e + i, h - f, c - g, d - b],
-        [h - f, 1 + a - e - i, b + d, c + g],
-        [c - g, b + d, 1 - a + e - i, f + h],
-        [d - b, c + g, f + h, 1 - a - e + i],
-    ]
-    outer = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
-    best = outer.diagonal(dim1=-2, dim2=-1).argmax(dim=-1)
-    row = torch.take_along_dim(outer, best[..., None, None], dim=-2)[..., 0, :]
-    return torch.nn.functional.normalize(row, dim=-1)
-
-
-def _quat_product(a: Float[Tensor, "*#batch 4"], b: Float[Tensor, "*#batch 4"]) -> Float[Tensor, "*b 4"]:
-    """Hamilton product, wxyz."""
-    aw, ax, ay, az = a.unbind(-1)
-    bw, bx, by, bz = b.unbind(-1)
-    w = aw * bw - ax * bx - ay * by - az * bz
-    x = aw * bx + ax * bw + ay * bz - az * by
-    y = aw * by - ax * bz + ay * bw + az * bx
-    z = aw * bz + ax * by - ay * bx + az * bw
-    return torch.stack([w, x, y, z], dim=-1)

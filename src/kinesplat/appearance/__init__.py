@@ -1,0 +1,1 @@
+"""Appearance that depends on the configuration: the paper's field."""

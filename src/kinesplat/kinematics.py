@@ -180,9 +180,7 @@ class KinematicTree:
     def _checked(self, q: Tensor, T_world_base: Tensor | None) -> tuple[Tensor, Tensor | None]:
         for name, value in (("q", q), ("T_world_base", T_world_base)):
             if value is not None and not isinstance(value, Tensor):
-                raise InputError(
-                    f"{name} is a {type(value).__name__}; expected a torch tensor"
-                )
+                raise InputError(f"{name} is a {type(value).__name__}; expected a torch tensor")
         if q.shape[-1:] != (self.dof,):
             names = ", ".join(self.joint_names)
             raise InputError(f"q has shape {tuple(q.shape)}; its last axis must hold the {self.dof} joints ({names})")

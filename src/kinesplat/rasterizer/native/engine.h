@@ -48,6 +48,9 @@ struct NormalEquations {  // every one written whole
 };
 void normal_equations(const Scene &, const Options &, Frame &, const Target &, const NormalEquations &);
 
+// Loss of each image, and where asked its gradient.
+void photometric(const Photometric &, const Options &, double *loss);
+
 // Shortest times of the stages on one thread [s], what the blending evaluated, and the frame's memory.
 struct StageTimes {
     double prepare = 0, forward_blend = 0, backward_blend = 0, backward_splats = 0;

@@ -6,6 +6,7 @@
 #include "project.inl.h"
 #include "blend_backward.inl.h"
 #include "normal.inl.h"
+#include "photometric.inl.h"
 
 namespace {
 
@@ -49,7 +50,8 @@ namespace kinesplat {
 #define KS_STRING_(x) #x
 #define KS_STRING(x) KS_STRING_(x)
 
-extern const Kernels KS_TABLE = {KS_STRING(KS_LEVEL), project,      bin_run,     forward_tile, backward_tile,
-                                 backward_splats,     pose_records, normal_tile, all_finite,   fma_peak};
+extern const Kernels KS_TABLE = {KS_STRING(KS_LEVEL), project,      bin_run,     forward_tile,     backward_tile,
+                                 backward_splats,     pose_records, normal_tile, photometric_band, all_finite,
+                                 fma_peak};
 
 }  // namespace kinesplat

@@ -1,5 +1,6 @@
 // Entry points of one instruction-set level; kernels.cpp is compiled once per level.
 #pragma once
+#include "photometric.h"
 #include "scene.h"
 
 namespace kinesplat {
@@ -24,6 +25,8 @@ struct Kernels {
     // Normal equations: twist derivatives of records [begin, end), and the sums of one tile, appended.
     void (*pose_records)(const Scene &, const ImageFrame &, int image, uint32_t begin, uint32_t end, PoseRecord *);
     void (*normal_tile)(const Scene &, ImageFrame &, int image, int tile, Scratch &, const Target &, NormalSums &);
+    // L1 + SSIM over rows [begin, end) of one image, not divided by the number of values; writes the gradient's rows.
+    double (*photometric_band)(const Photometric &, int image, int begin, int end, Scratch &);
     bool (*all_finite)(const float *, size_t count);
     double (*fma_peak)(double seconds);  // measured multiply-adds per second times 2, this thread
 };

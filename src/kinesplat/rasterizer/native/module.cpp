@@ -185,6 +185,24 @@ std::string run_normal_equations(const PyScene &py, const PyTarget &t, Array<dou
     return problem;
 }
 
+void run_photometric(Array<const float> rendered, Array<const float> truth, double weight, Array<double> loss,
+                     Array<float> gradient, int threads, const std::string &level) {
+    if (rendered.ndim() != 4) throw nb::value_error("rendered has an unexpected number of dimensions");
+    size_t images = rendered.shape(0), h = rendered.shape(1), w = rendered.shape(2);
+    Photometric p;
+    p.images = static_cast<int>(images);
+    p.width = static_cast<int>(w);
+    p.height = static_cast<int>(h);
+    p.weight = weight;
+    p.rendered = checked(rendered, "rendered", {images, h, w, 3});
+    p.truth = checked(truth, "truth", {images, h, w, 3});
+    p.gradient = checked(gradient, "gradient", {images, h, w, 3});
+    double *out = checked(loss, "loss", {images});
+    Options options{&kernels_named(level), threads};
+    nb::gil_scoped_release release;
+    photometric(p, options, out);
+}
+
 std::vector<std::string> level_names() {
     std::vector<std::string> names;
     for (const Kernels *k : available_kernels()) names.emplace_back(k->name);
@@ -226,6 +244,8 @@ NB_MODULE(_native, m) {
     m.def("normal_equations", &run_normal_equations, nb::arg("scene"), nb::arg("target"), nb::arg("loss"),
           nb::arg("gradient"), nb::arg("hessian"), nb::arg("threads"), nb::arg("level"),
           "Fills loss, gradient and hessian; returns what was wrong with the target, else an empty string.");
+    m.def("photometric", &run_photometric, nb::arg("rendered"), nb::arg("truth"), nb::arg("weight"), nb::arg("loss"),
+          nb::arg("gradient").none(), nb::arg("threads"), nb::arg("level"));
     nb::class_<StageTimes>(m, "StageTimes")
         .def_ro("prepare", &StageTimes::prepare)
         .def_ro("forward_blend", &StageTimes::forward_blend)

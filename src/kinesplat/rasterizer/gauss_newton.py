@@ -46,6 +46,7 @@ def normal_equations(
     rgb_weight: Float[Tensor, "*#s height width"] | None = None,
     alpha_weight: Float[Tensor, "*#s height width"] | None = None,
     background: Background = (1.0, 1.0, 1.0),
+    backdrop: Float[Tensor, "*#s height width 3"] | None = None,
     eps2d: float = 0.3,
 ) -> NormalEquations:
     """Normal equations of ``sum w_rgb |rgb_rendered - rgb|^2 + w_alpha (alpha_rendered - alpha)^2`` over link twists.
@@ -73,6 +74,7 @@ def normal_equations(
         rgb_weight: ``(*s, height, width)`` weight >= 0 of each pixel's colour residual, e.g. of a robust loss; None: 1.
         alpha_weight: the same for the alpha residual; None: 1.
         background: as in `rasterize`.
+        backdrop: ``(*s, height, width, 3)`` what is seen behind the robot, pixel by pixel, in place of `background`.
         eps2d: as in `rasterize`.
 
     Returns:
@@ -84,7 +86,8 @@ def normal_equations(
     """
     scene = make_scene(gaussians, link_index, None, Ts_world_link, camera, background, eps2d, ())
     targets = _checked_targets(
-        camera, {"rgb": rgb, "alpha": alpha, "rgb_weight": rgb_weight, "alpha_weight": alpha_weight}
+        camera,
+        {"rgb": rgb, "alpha": alpha, "rgb_weight": rgb_weight, "alpha_weight": alpha_weight} | {"backdrop": backdrop},
     )
     try:
         shape = tuple(torch.broadcast_shapes(scene.batch_shape, rgb.shape[:-3]))
@@ -130,6 +133,10 @@ def _checked_targets(camera: Camera, targets: dict[str, Tensor | None]) -> dict[
         if name != "alpha" and (value < 0).any():
             raise InputError(f"{name} holds negative weights")
         out[name] = value.detach().to(torch.float32).expand(rgb.shape[:-1])
+    backdrop = targets["backdrop"]
+    if backdrop is not None and tuple(backdrop.shape[-3:]) != (*plane, 3):
+        raise InputError(f"backdrop has shape {tuple(backdrop.shape)}; expected (*batch, {plane[0]}, {plane[1]}, 3)")
+    out["backdrop"] = None if backdrop is None else backdrop.detach().to(torch.float32).expand(rgb.shape)
     if targets["alpha_weight"] is not None and targets["alpha"] is None:
         raise InputError("alpha_weight is given without alpha")
     return out

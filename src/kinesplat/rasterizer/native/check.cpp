@@ -42,7 +42,8 @@ std::string find_bad_target(const Target &t, size_t pixels, const Options &optio
     } named[] = {{"target rgb", t.rgb, 3 * pixels},
                  {"target alpha", t.alpha, pixels},
                  {"rgb_weight", t.rgb_weight, pixels},
-                 {"alpha_weight", t.alpha_weight, pixels}};
+                 {"alpha_weight", t.alpha_weight, pixels},
+                 {"backdrop", t.backdrop, 3 * pixels}};
     for (const auto &input : named)
         if (input.values && !options.kernels->all_finite(input.values, input.count))
             return std::string(input.name) + " contains NaN or infinity";

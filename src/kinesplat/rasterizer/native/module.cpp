@@ -156,7 +156,7 @@ void run_backward(const PyScene &py, PyFrame &frame, Array<const float> v_rgb, A
 }
 
 struct PyTarget {
-    Array<const float> rgb, alpha, rgb_weight, alpha_weight;
+    Array<const float> rgb, alpha, rgb_weight, alpha_weight, backdrop;
     Array<const int32_t> target_of_image;
 };
 
@@ -171,6 +171,7 @@ std::string run_normal_equations(const PyScene &py, const PyTarget &t, Array<dou
     target.alpha = checked(t.alpha, "target alpha", {targets, h, w});
     target.rgb_weight = checked(t.rgb_weight, "rgb weights", {targets, h, w});
     target.alpha_weight = checked(t.alpha_weight, "alpha weights", {targets, h, w});
+    target.backdrop = checked(t.backdrop, "backdrop", {targets, h, w, 3});
     target.target_of_image = checked(t.target_of_image, "target_of_image", {images});
     for (size_t i = 0; i < images; ++i)
         if (target.target_of_image[i] < 0 || static_cast<size_t>(target.target_of_image[i]) >= targets)
@@ -238,9 +239,9 @@ NB_MODULE(_native, m) {
           nb::arg("threads"));
     nb::class_<PyTarget>(m, "Target")
         .def(nb::init<Array<const float>, Array<const float>, Array<const float>, Array<const float>,
-                      Array<const int32_t>>(),
+                      Array<const float>, Array<const int32_t>>(),
              nb::arg("rgb"), nb::arg("alpha").none(), nb::arg("rgb_weight").none(), nb::arg("alpha_weight").none(),
-             nb::arg("target_of_image"));
+             nb::arg("backdrop").none(), nb::arg("target_of_image"));
     m.def("normal_equations", &run_normal_equations, nb::arg("scene"), nb::arg("target"), nb::arg("loss"),
           nb::arg("gradient"), nb::arg("hessian"), nb::arg("threads"), nb::arg("level"),
           "Fills loss, gradient and hessian; returns what was wrong with the target, else an empty string.");

@@ -102,7 +102,7 @@ void pose_records(const Scene &s, const ImageFrame &frame, int image, uint32_t b
 }
 
 struct Pixels {  // one block: rendered values, residuals and their weights
-    F value[4], residual[4], weight[4];
+    F value[4], residual[4], weight[4], background[3];
     bool any;
 };
 
@@ -141,9 +141,11 @@ KS_INLINE void load_pixels(const Scene &s, int image, const Block &k, const Targ
     size_t at = static_cast<size_t>(t.target_of_image[image]) * pixels;
     F last = p.value[3], target[3], inside = zero_unless(from_bits(k.inside), set1(1.0f));
     load_rgb(t.rgb + 3 * at, s.width, k, target);
+    for (int c = 0; c < 3; ++c) p.background[c] = set1(s.background[3 * image + c]);
+    if (t.backdrop) load_rgb(t.backdrop + 3 * at, s.width, k, p.background);
     F weight = t.rgb_weight ? load_plane(t.rgb_weight + at, s.width, k) : inside;
     for (int c = 0; c < 3; ++c) {
-        p.value[c] = fma(last, set1(s.background[3 * image + c]), p.value[c]);
+        p.value[c] = fma(last, p.background[c], p.value[c]);
         p.residual[c] = p.value[c] - target[c];
         p.weight[c] = weight;
     }
@@ -158,10 +160,10 @@ KS_INLINE void load_pixels(const Scene &s, int image, const Block &k, const Targ
 
 // Back to front: per channel d(pixel)/d(sigma) of every listed splat, kChannels rows of sixteen lanes each.
 template <int kChannels>
-[[gnu::noinline]] void channel_slopes(const Local *locals, const int32_t *list, int count, const float *background,
+[[gnu::noinline]] void channel_slopes(const Local *locals, const int32_t *list, int count, const F *background,
                                       const float *alphas, const float *weights, float *slopes) {
     F behind[kChannels];
-    for (int c = 0; c < kChannels; ++c) behind[c] = set1(c < 3 ? background[c] : 0.0f);
+    for (int c = 0; c < kChannels; ++c) behind[c] = c < 3 ? background[c] : set1(0.0f);
     for (int i = count - 1; i >= 0; --i) {
         const Local &l = locals[list[i]];
         F alpha = load(alphas + 16 * i);
@@ -304,7 +306,7 @@ void normal_block(NormalTile &t, int b) {
     for (int c = 0; c < kChannels; ++c) squares = fma(p.weight[c] * p.residual[c], p.residual[c], squares);
     t.loss += static_cast<double>(sum(squares));
     if (!count) return;
-    channel_slopes<kChannels>(locals, list, count, t.s.background + 3 * t.image, alphas, weights, slopes);
+    channel_slopes<kChannels>(locals, list, count, p.background, alphas, weights, slopes);
 
     int32_t *members = t.scratch.members.data(), *counts = t.scratch.member_counts.data();
     int32_t *present = t.scratch.present.ensure(static_cast<size_t>(t.links) + 1);

@@ -132,6 +132,7 @@ struct Target {  // what the normal equations compare the images with; all but r
     const float *rgb = nullptr;           // (targets, height, width, 3)
     const float *alpha = nullptr;         // (targets, height, width)
     const float *rgb_weight = nullptr, *alpha_weight = nullptr;  // (targets, height, width)
+    const float *backdrop = nullptr;      // (targets, height, width, 3) in place of the scene's background
     const int32_t *target_of_image = nullptr;
 };
 

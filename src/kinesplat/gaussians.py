@@ -1,10 +1,16 @@
 """Gaussians: what a rasteriser eats (activated values); Parameters: what an optimiser moves."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+ShDirection = Literal["splat", "axis"]
+GAUSSIANS = ("means", "quats", "scales", "opacities", "sh")
+PARAMETERS = ("means", "quats", "log_scales", "logit_opacities", "sh")
+"""Names of their tensors."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,8 @@ class Gaussians:
         sh: ``(*batch, n, k, 3)`` spherical-harmonic coefficients, ``k = (degree + 1)^2``, degree 0 to 3;
             colour = max(0, 0.5 + sum_k Y_k(d) sh_k) with d the unit direction from the camera centre to the mean
             (convention of Kerbl et al. 2023).
+        sh_direction: "splat" for the d above; "axis" for d along the camera's optical axis, the same for all splats:
+            shading by a light that shines along the view axis, such as MuJoCo's headlight.
     """
 
     means: Float[Tensor, "*batch n 3"]
@@ -26,6 +34,7 @@ class Gaussians:
     scales: Float[Tensor, "*batch n 3"]
     opacities: Float[Tensor, "*batch n"]
     sh: Float[Tensor, "*batch n k 3"]
+    sh_direction: ShDirection = "splat"
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -37,7 +46,7 @@ class Gaussians:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Gaussians":
         """The same Gaussians on another device or in another dtype."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device, dtype) for f in fields(self)})
+        return replace(self, **{name: getattr(self, name).to(device, dtype) for name in GAUSSIANS})
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Parameters:
         log_scales: ``(n, 3)`` natural logarithm of the standard deviations [log m].
         logit_opacities: ``(n,)`` logit of the opacities.
         sh: ``(n, k, 3)`` spherical-harmonic coefficients as in `Gaussians`.
+        sh_direction: as in `Gaussians`.
     """
 
     means: Float[Tensor, "n 3"]
@@ -57,6 +67,7 @@ class Parameters:
     log_scales: Float[Tensor, "n 3"]
     logit_opacities: Float[Tensor, " n"]
     sh: Float[Tensor, "n k 3"]
+    sh_direction: ShDirection = field(default="splat", kw_only=True)
 
     def __len__(self) -> int:
         return self.means.shape[0]
@@ -69,12 +80,17 @@ class Parameters:
             scales=self.log_scales.exp(),
             opacities=self.logit_opacities.sigmoid(),
             sh=self.sh,
+            sh_direction=self.sh_direction,
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {name: getattr(self, name) for name in PARAMETERS}
 
     def select(self, index: Tensor) -> "Parameters":
         """The rows that a boolean mask ``(n,)`` or an index tensor picks."""
-        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        return replace(self, **{name: value[index] for name, value in self.tensors().items()})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Parameters":
         """The same parameters on another device or in another dtype."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device, dtype) for f in fields(self)})
+        return replace(self, **{name: value.to(device, dtype) for name, value in self.tensors().items()})

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from kinesplat import __version__
 from kinesplat.appearance.field import AppearanceField
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError, ModelFileError
-from kinesplat.gaussians import Gaussians, Parameters
+from kinesplat.gaussians import PARAMETERS, Gaussians, Parameters
 from kinesplat.kinematics import KinematicTree
 from kinesplat.model_file import read_model_file, write_model_file
 from kinesplat.rasterizer import DEFAULT_OUTPUTS, WHITE, Render, rasterize_links
@@ -205,13 +205,17 @@ class SelfModel:
         Raises:
             InputError: the file cannot be written.
         """
-        splats = {f.name: getattr(self.parameters, f.name) for f in fields(Parameters)}
+        splats = self.parameters.tensors()
         if half:
             splats |= {name: splats[name].half() for name in _HALF}
         tree = {f"tree.{name}": tensor for name, tensor in self.tree.to_tensors().items()}
         for name, network in self.networks.items():
             splats |= {f"{name}.{key}": tensor for key, tensor in network.state_dict().items()}
-        header = {"eps2d": self.eps2d, "provenance": dict(self.provenance)}
+        header = {
+            "eps2d": self.eps2d,
+            "sh_direction": self.parameters.sh_direction,
+            "provenance": dict(self.provenance),
+        }
         write_model_file(path, {**splats, **tree, "link_index": self.link_index.to(torch.int16)}, header)
 
     @classmethod
@@ -224,7 +228,8 @@ class SelfModel:
         tensors, header = read_model_file(path)
         try:
             tree = KinematicTree.from_tensors({k[5:]: t for k, t in tensors.items() if k.startswith("tree.")})
-            parameters = Parameters(*(tensors[f.name].float() for f in fields(Parameters)))
+            direction = header.get("sh_direction", "splat")  # version 1 knew no other
+            parameters = Parameters(*(tensors[name].float() for name in PARAMETERS), sh_direction=direction)
             link_index, eps2d = tensors["link_index"].long(), float(header["eps2d"])
             skinning, appearance = _read_networks(tensors)
             model = cls(tree, parameters, link_index, eps2d, header["provenance"], skinning, appearance)
@@ -246,7 +251,7 @@ def _read_networks(tensors: Mapping[str, Tensor]) -> tuple[SkinningField | None,
 
 
 def _check_contents(model: SelfModel, path: str | Path) -> None:
-    values = [getattr(model.parameters, f.name) for f in fields(Parameters)]
+    values = list(model.parameters.tensors().values())
     if any(len(v) != len(model.link_index) for v in values):
         raise ModelFileError(f"{path}: arrays of {sorted({len(v) for v in values})} and {len(model.link_index)} splats")
     if not all(torch.isfinite(v).all() for v in values):

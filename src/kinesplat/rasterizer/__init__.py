@@ -36,7 +36,7 @@ def rasterize(
     batch ``broadcast(*g, *c, *k)``; B configurations x C cameras are splats ``(B, 1, n, ...)`` and cameras ``(C,)``.
 
     Args:
-        gaussians: splats in the world frame.
+        gaussians: splats in the world frame; how their spherical harmonics are seen is their own `sh_direction`.
         camera: pinhole cameras without skew; cast to the splats' dtype.
         background: ``(3,)`` or ``(*k, 3)`` colour composited last.
         eps2d: screen dilation added to the covariances [px^2]; 0.3 in 3DGS files, smaller is sharper.

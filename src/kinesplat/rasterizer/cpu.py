@@ -116,6 +116,7 @@ def make_plan(scene: Scene) -> _Plan:
                 scene.camera.width,
                 scene.camera.height,
                 scene.eps2d,
+                g.sh_direction == "axis",
             ),
         )
     except ValueError as error:

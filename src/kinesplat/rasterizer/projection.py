@@ -24,7 +24,7 @@ class Projection:
         means: ``(*batch, n, 2)`` centres [px].
         covariances: ``(*batch, n, 2, 2)`` with the screen dilation added [px^2].
         depths: ``(*batch, n)`` along the camera's +Z [m].
-        colors: ``(*batch, n, 3)`` for the direction from the camera centre.
+        colors: ``(*batch, n, 3)`` for the splats' direction, see `Gaussians.sh_direction`.
     """
 
     means: Float[Tensor, "*batch n 2"]
@@ -66,7 +66,7 @@ def project(
     J, means = _perspective(p_cam, K, size)
     M = J @ axes
     dilation = eps2d * torch.eye(2, dtype=M.dtype, device=M.device)
-    offset = gaussians.means + (A.mT @ t[..., None])[..., 0]
+    offset = A[..., 2, :] if gaussians.sh_direction == "axis" else gaussians.means + (A.mT @ t[..., None])[..., 0]
     colors = sh_to_rgb(gaussians.sh, offset / offset.norm(dim=-1, keepdim=True))
     return Projection(means, M @ M.mT + dilation, p_cam[..., 2], colors)
 

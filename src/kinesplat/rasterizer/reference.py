@@ -5,6 +5,7 @@ Written to be read: one image and one tile of pixels at a time, all splats of th
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,7 +36,9 @@ def render(scene: Scene) -> Render:
     Ts_cam_link = _flat(camera.T_cam_world[..., None, :, :] @ scene.Ts_world_link, shape, 3)
     splats = {name: _flat(getattr(scene.gaussians, name), shape, dims) for name, dims in _EVENT_DIMS.items()}
     images = [
-        _render_image(scene, Gaussians(**{k: v[i] for k, v in splats.items()}), Ts_cam_link[i], K[i], background[i])
+        _render_image(
+            scene, replace(scene.gaussians, **{k: v[i] for k, v in splats.items()}), Ts_cam_link[i], K[i], background[i]
+        )
         for i in range(math.prod(shape))
     ]
     events = _event_shapes(scene)
@@ -74,7 +77,7 @@ def _render_image(
     kept = torch.nonzero((z >= NEAR) & (gaussians.opacities >= ALPHA_MIN))[:, 0]
     kept = kept[torch.argsort(z[kept], stable=True)]
     fields = {name: getattr(gaussians, name)[kept] for name in _EVENT_DIMS}
-    splats = project(Gaussians(**fields), Ts_cam_splat[kept], K, size, scene.eps2d)
+    splats = project(replace(gaussians, **fields), Ts_cam_splat[kept], K, size, scene.eps2d)
     tiles = [
         [_composite(splats, fields["opacities"], (x, y), size) for x in range(0, size[0], TILE)]
         for y in range(0, size[1], TILE)

@@ -143,6 +143,7 @@ def blend_gaussians(
         scales=gaussians.scales.expand(*batch, *gaussians.scales.shape),
         opacities=gaussians.opacities.expand(*batch, len(gaussians)),
         sh=sh,
+        sh_direction=gaussians.sh_direction,
     )
 
 

@@ -31,7 +31,8 @@ def pose_gaussians(
     quats = quat_product(rotations_to_quats(R)[..., link_index, :], gaussians.quats)
     sh = sh_rotation(R, sh_degree(gaussians.sh.shape[-2]))[..., link_index, :, :] @ gaussians.sh
     scales = gaussians.scales.expand(*batch, len(gaussians), 3)
-    return Gaussians(means, quats, scales, gaussians.opacities.expand(*batch, len(gaussians)), sh)
+    opacities = gaussians.opacities.expand(*batch, len(gaussians))
+    return Gaussians(means, quats, scales, opacities, sh, gaussians.sh_direction)
 
 
 def sh_rotation(R: Float[Tensor, "*batch 3 3"], degree: int) -> Float[Tensor, "*batch k k"]:

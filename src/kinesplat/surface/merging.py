@@ -1,6 +1,6 @@
 """Merge the splats of a model into fewer, larger ones."""
 
-from dataclasses import fields
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from jaxtyping import Int
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from kinesplat.gaussians import Parameters
+from kinesplat.gaussians import PARAMETERS, Parameters
 from kinesplat.rasterizer.spherical_harmonics import SH_C0
 from kinesplat.surface.patches import (
     NORMAL_SPREAD,
@@ -44,7 +44,7 @@ def merge_splats(
             for i in np.flatnonzero(counts)
         ]
     counts[np.flatnonzero(counts)] = [len(part) for part in parts]  # a link may have fewer splats than its share
-    merged = Parameters(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Parameters)))
+    merged = replace(parameters, **{name: torch.cat([getattr(p, name) for p in parts]) for name in PARAMETERS})
     device, dtype = parameters.means.device, parameters.means.dtype
     return merged.to(device, dtype), torch.from_numpy(np.repeat(np.arange(links), counts)).to(link_index)
 

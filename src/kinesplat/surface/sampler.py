@@ -6,7 +6,6 @@ the Gaussian of its own mean and covariance. A patch ends at edges, so its Gauss
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kinesplat.description import LinkMesh
-from kinesplat.gaussians import Parameters
+from kinesplat.gaussians import PARAMETERS, Parameters
 from kinesplat.kinematics import KinematicTree
 from kinesplat.surface.meshes import sample_meshes
 from kinesplat.surface.patches import (
@@ -62,5 +61,6 @@ def sample_surface(
         partition = cut_into_patches(members.positions, members.facing, radius, count, rng)
         shaded = Members(members.positions, members.facing, members.area, headlight_shading(members))
         parts.append(patches_to_parameters(shaded, partition))
-    parameters = Parameters(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Parameters)))
+    tensors = (torch.cat([getattr(p, name) for p in parts]) for name in PARAMETERS)
+    parameters = Parameters(*tensors, sh_direction="axis")  # the headlight of the data sets shines along the view axis
     return parameters, torch.from_numpy(np.repeat(np.arange(len(counts)), counts))

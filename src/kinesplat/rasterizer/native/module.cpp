@@ -50,6 +50,7 @@ struct Views {
     Array<const int32_t> set_of_image;
     int width, height;
     double eps2d;
+    bool along_axis;
 };
 
 struct PyScene {
@@ -83,6 +84,7 @@ struct PyScene {
         scene.width = views.width;
         scene.height = views.height;
         scene.eps2d = views.eps2d;
+        scene.along_axis = views.along_axis;
         if (k != 1 && k != 4 && k != 9 && k != 16) throw nb::value_error("sh holds none of 1, 4, 9, 16 coefficients");
         if (m < 1 || m > kMaxLinksPerSplat || (m > 1 && !scene.link_weights))
             throw nb::value_error("link_index needs 1 to 4 columns, and link_weights where it has more than one");
@@ -222,7 +224,7 @@ NB_MODULE(_native, m) {
         .def(nb::init<Array<const int32_t>, Array<const float>, Array<const double>>(), nb::arg("index"),
              nb::arg("weights").none(), nb::arg("Ts_cam_link"));
     nb::class_<Views>(m, "Views")
-        .def(nb::init<Array<const double>, Array<const float>, Array<const int32_t>, int, int, double>());
+        .def(nb::init<Array<const double>, Array<const float>, Array<const int32_t>, int, int, double, bool>());
     nb::class_<PyScene>(m, "Scene").def(nb::init<Splats, Links, Views>());
     nb::class_<PyFrame>(m, "Frame").def_prop_ro("bytes", [](const PyFrame &f) { return f.frame->bytes(); });
     nb::class_<PyGradients>(m, "Gradients")

@@ -49,7 +49,8 @@ KS_INLINE void twist_coefficients(const Scene &s, int image, const Geometry &o, 
     out[4] = narrow(k4 * b11);
 }
 
-// d(colour)/d(v): rotating about the camera does not change the view direction in the link frame, moving does.
+// d(colour)/d(v): rotating about the camera does not change the view direction in the link frame, moving does. Along the
+// optical axis it is the other way round, and this is d(colour)/d(w).
 template <int kCoefficients>
 KS_INLINE void color_derivatives(const Scene &s, int image, const Geometry &o, const Group &g, F out[9]) {
     size_t set = static_cast<size_t>(s.set_of_image[image]) * s.n;
@@ -67,6 +68,11 @@ KS_INLINE void color_derivatives(const Scene &s, int image, const Geometry &o, c
         for (int i = 0; i < 3; ++i) w[i] = widen(fnma(o.dir[i], along, v[i])) * inv;
         for (int i = 0; i < 3; ++i)
             out[3 * c + i] = narrow(dot3(o.T[4 * i], o.T[4 * i + 1], o.T[4 * i + 2], w[0], w[1], w[2]));
+        if (!s.along_axis) continue;
+        F x = out[3 * c];  // the cross product with the axis
+        out[3 * c] = out[3 * c + 1];
+        out[3 * c + 1] = set1(0.0f) - x;
+        out[3 * c + 2] = set1(0.0f);
     }
 }
 
@@ -179,8 +185,8 @@ template <int kChannels>
 // Rows of the Jacobian of one link over one block: J[channel * 6 + axis].
 template <int kChannels>
 [[gnu::noinline]] void link_rows(const Local *locals, const int32_t *list, const PoseRecord *poses,
-                                 const int32_t *members, int count, const Block &k, const float *weights,
-                                 const float *slopes, F *rows) {
+                                 const int32_t *members, int count, int first_lit, const Block &k,
+                                 const float *weights, const float *slopes, F *rows) {
     F J[kChannels * 6];
     for (int j = 0; j < kChannels * 6; ++j) J[j] = set1(0.0f);
     const F x = k.local_x, y = k.local_y;
@@ -195,9 +201,12 @@ template <int kChannels>
             const float *a = pose.sigma[axis];
             F inner = fma(u, fma(set1(a[2]), u, fma(set1(a[3]), v, set1(a[0]))), v * fma(set1(a[4]), v, set1(a[1])));
             for (int c = 0; c < kChannels; ++c) J[6 * c + axis] = fma(slope[c], inner, J[6 * c + axis]);
-            if (axis < 3)
-                for (int c = 0; c < 3; ++c) J[6 * c + axis] = fma(weight, set1(pose.color[c][axis]), J[6 * c + axis]);
         }
+        for (int i = 0; i < 3; ++i)
+            for (int c = 0; c < 3; ++c) {
+                F &row = J[6 * c + first_lit + i];
+                row = fma(weight, set1(pose.color[c][i]), row);
+            }
     }
     for (int j = 0; j < kChannels * 6; ++j) rows[j] = J[j];
 }
@@ -321,7 +330,7 @@ void normal_block(NormalTile &t, int b) {
     for (int i = 0; i < present_count; ++i) {
         int link = present[i];
         link_rows<kChannels>(locals, list, t.frame.poses.data(), members + static_cast<size_t>(link) * t.staged,
-                             counts[link], k, weights, slopes, rows + 24 * link);
+                             counts[link], t.s.along_axis ? 3 : 0, k, weights, slopes, rows + 24 * link);
     }
     accumulate_links<kChannels>(t, present, present_count, p);
 }

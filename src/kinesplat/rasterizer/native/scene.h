@@ -58,6 +58,7 @@ struct Scene {
     const float *background = nullptr;     // (images, 3)
     int width = 0, height = 0;
     double eps2d = 0;
+    bool along_axis = false;  // spherical harmonics along the optical axis, not from the camera centre to the splat
 
     int tiles_x() const { return (width + kTile - 1) / kTile; }
     int tiles_y() const { return (height + kTile - 1) / kTile; }
@@ -123,7 +124,7 @@ struct alignas(64) Slot {
 // Derivatives of one splat with respect to the twist [v; w] of its link in the camera frame.
 struct alignas(64) PoseRecord {
     float sigma[6][5];   // d(sigma)/d(twist) = a0 u + a1 v + a2 u^2 + a3 u v + a4 v^2
-    float color[3][3];   // d(colour)/d(v)
+    float color[3][3];   // d(colour)/d(v), or d(colour)/d(w) where the scene is lit along the axis
     float unused[9];     // to 48 floats
     int32_t link;
 };

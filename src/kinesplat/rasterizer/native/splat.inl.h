@@ -135,7 +135,7 @@ struct Geometry {
     D Sxx, Syy;
     D mean_x, mean_y;
     D offset_norm;
-    F dir[3];             // unit, camera centre to mean, in the splat's frame
+    F dir[3];             // unit, where the spherical harmonics are evaluated, in the splat's frame
     M in_front;
 };
 
@@ -176,6 +176,13 @@ KS_INLINE void rotation(const D q[4], D R[9]) {
 }
 
 KS_INLINE D dot3(D a0, D a1, D a2, D b0, D b1, D b2) { return fma(a0, b0, fma(a1, b1, a2 * b2)); }
+
+// The direction of the spherical harmonics is that of `mean_share * mean + A^T eye`: from the camera centre to the mean,
+// or along the optical axis.
+KS_INLINE D mean_share(const Scene &s) { return set1d(s.along_axis ? 0.0 : 1.0); }
+KS_INLINE D eye(const Scene &s, const Geometry &o, int i) {
+    return s.along_axis ? set1d(i == 2 ? 1.0 : 0.0) : o.T[4 * i + 3];
+}
 
 // From the link frame to the whitened ellipse in the image (docs/derivations.md, section 1).
 inline void compute_geometry(const Scene &s, int image, const Group &g, Geometry &o) {
@@ -229,8 +236,8 @@ inline void compute_geometry(const Scene &s, int image, const Group &g, Geometry
     o.q = set1d(0.0) - o.p * xy / o.Syy;
     o.r = sqrt(kappa2 / o.Syy);
 
-    D offset[3];
-    for (int i = 0; i < 3; ++i) offset[i] = o.m[i] + dot3(T[i], T[4 + i], T[8 + i], T[3], T[7], T[11]);
+    D offset[3], near = mean_share(s), e[3] = {eye(s, o, 0), eye(s, o, 1), eye(s, o, 2)};
+    for (int i = 0; i < 3; ++i) offset[i] = fma(near, o.m[i], dot3(T[i], T[4 + i], T[8 + i], e[0], e[1], e[2]));
     o.offset_norm = sqrt(dot3(offset[0], offset[1], offset[2], offset[0], offset[1], offset[2]));
     D inv = set1d(1.0) / o.offset_norm;
     for (int i = 0; i < 3; ++i) o.dir[i] = narrow(offset[i] * inv);

@@ -55,7 +55,7 @@ KS_INLINE void image_vjp(const Scene &s, int image, const Geometry &o, const F *
     vpc[2] = vz;
 }
 
-// From the colour to the offset from the camera centre, in the splat's frame; adds to sh where asked.
+// From the colour to the vector whose direction the spherical harmonics see, in the splat's frame; adds to sh where asked.
 template <int kCoefficients>
 KS_INLINE void color_vjp(const Scene &s, int image, const Geometry &o, const Group &g, const F *moments, float *v_sh,
                          D voffset[3]) {
@@ -78,22 +78,23 @@ KS_INLINE void color_vjp(const Scene &s, int image, const Geometry &o, const Gro
     add_columns(v_sh + set * 3 * kCoefficients, 3 * kCoefficients, g, out);
 }
 
-KS_INLINE void transform_vjp(const Geometry &o, const D vpc[3], const D vN[9], const D voffset[3], D vT[12]) {
+KS_INLINE void transform_vjp(const Scene &s, const Geometry &o, const D vpc[3], const D vN[9], const D voffset[3], D vT[12]) {
     for (int i = 0; i < 3; ++i) {
         for (int j = 0; j < 3; ++j) {
             D axes = fma(vN[3 * i], o.s[0] * o.R[3 * j],
                          fma(vN[3 * i + 1], o.s[1] * o.R[3 * j + 1], vN[3 * i + 2] * (o.s[2] * o.R[3 * j + 2])));
-            vT[4 * i + j] = fma(vpc[i], o.m[j], fma(o.T[4 * i + 3], voffset[j], axes));
+            vT[4 * i + j] = fma(vpc[i], o.m[j], fma(eye(s, o, i), voffset[j], axes));
         }
-        vT[4 * i + 3] = vpc[i] + dot3(o.T[4 * i], o.T[4 * i + 1], o.T[4 * i + 2], voffset[0], voffset[1], voffset[2]);
+        D moved = dot3(o.T[4 * i], o.T[4 * i + 1], o.T[4 * i + 2], voffset[0], voffset[1], voffset[2]);
+        vT[4 * i + 3] = fma(mean_share(s), moved, vpc[i]);
     }
 }
 
-KS_INLINE void splat_vjp(const Geometry &o, const D vpc[3], const D vN[9], const D voffset[3], SplatGradient &v) {
+KS_INLINE void splat_vjp(const Scene &s, const Geometry &o, const D vpc[3], const D vN[9], const D voffset[3], SplatGradient &v) {
     const D *T = o.T, *R = o.R;
     D V[9], two = set1d(2.0);
     for (int j = 0; j < 3; ++j)
-        v.mean[j] = voffset[j] + dot3(T[j], T[4 + j], T[8 + j], vpc[0], vpc[1], vpc[2]);
+        v.mean[j] = fma(mean_share(s), voffset[j], dot3(T[j], T[4 + j], T[8 + j], vpc[0], vpc[1], vpc[2]));
     for (int k = 0; k < 3; ++k) {
         D a[3];
         for (int j = 0; j < 3; ++j) {
@@ -186,12 +187,12 @@ template <int kCoefficients>
         image_vjp(s, image, o, moments, vpc, vN, v.K);
         color_vjp<kCoefficients>(s, image, o, g, moments, out.sh, voffset);
         if (pose.links || out.link_weights) {
-            transform_vjp(o, vpc, vN, voffset, v.T);
+            transform_vjp(s, o, vpc, vN, voffset, v.T);
             add_pose(s, image, g, v.T, sums, pose, out.link_weights);
         }
         for (int j = 0; j < 4; ++j) sums.K[j] = sums.K[j] + select(g.valid, v.K[j], set1d(0.0));
         if (!out.per_splat()) continue;
-        splat_vjp(o, vpc, vN, voffset, v);
+        splat_vjp(s, o, vpc, vN, voffset, v);
         narrow_to(out.means, set, 3, g, v.mean);
         narrow_to(out.scales, set, 3, g, v.scale);
         narrow_to(out.quats, set, 4, g, v.quat);

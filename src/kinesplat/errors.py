@@ -24,6 +24,10 @@ class TrainingError(KinesplatError):
     """A training run that cannot go on: a loss or a parameter that is no number."""
 
 
+class DatasetError(KinesplatError):
+    """A data set that is missing, unfinished, broken, or of an unknown version."""
+
+
 class BackendError(KinesplatError):
     """A rasteriser backend, device or optional package that is not there."""
 

@@ -3,12 +3,12 @@
 import copy
 import math
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import mujoco
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kinesplat.camera import Camera
@@ -19,6 +19,7 @@ from kinesplat.description.visuals import VISUAL_GROUP
 from kinesplat.errors import BackendError, InputError
 from kinesplat.rasterizer import Render
 
+Device = Literal["auto", "cpu", "cuda"]
 WHITE = (1.0, 1.0, 1.0, 1.0)
 _WORLD_AXES_OF_CV = np.array([1.0, -1.0, -1.0])  # an OpenCV camera seen from MuJoCo's: +Y up, looking along -Z
 
@@ -31,7 +32,14 @@ class Capture:
     their front only, as in MuJoCo's own viewer.
     """
 
-    def __init__(self, robot: Robot, samples: int = 4, light: LightSetting = "headlight", seed: int = 0) -> None:
+    def __init__(
+        self,
+        robot: Robot,
+        samples: int = 4,
+        light: LightSetting = "headlight",
+        seed: int = 0,
+        device: Device = "auto",
+    ) -> None:
         """Prepare a robot; the first rendering compiles kernels (seconds, cached on disk by warp).
 
         Args:
@@ -39,9 +47,10 @@ class Capture:
             samples: rays a pixel, on a low-discrepancy pattern; at most 255.
             light: "headlight", "world" (one fixed light) or "random" (another light for every image).
             seed: of the random lights that a call does not name.
+            device: "cpu", "cuda", or "auto", CUDA where there is one.
 
         Raises:
-            BackendError: `mujoco_warp` is not installed.
+            BackendError: `mujoco_warp` is not installed, or there is no CUDA device and one was asked for.
             InputError: the robot has no visual geom, `samples` is not within 1 to 255, or `light` is unknown.
         """
         if not 1 <= samples <= 255:
@@ -52,6 +61,10 @@ class Capture:
         self._generator = torch.Generator().manual_seed(seed)
         draw_lights(light, 0, self._generator)  # refuses an unknown light
         self._warp, self._mjw = _import_renderer()
+        if device == "cuda" and not self._warp.is_cuda_available():
+            raise BackendError("device 'cuda': the renderer finds no CUDA device; choose cpu or auto")
+        cuda = device != "cpu" and self._warp.is_cuda_available()
+        self._device_name = "cuda" if cuda else "cpu"
         self._mj_model = _render_model(robot, headlight=light == "headlight")
         self._mj_data = mujoco.MjData(self._mj_model)
         self._link_of_geom = np.append(self._mj_model.geom_bodyid - 1, -1)  # the last is what "no geom", -1, finds
@@ -69,7 +82,7 @@ class Capture:
             )
             if light != "headlight":
                 self._install_lights()
-        self._size = (0, 0)
+        self._size, self._K = (0, 0), np.zeros((3, 3))
 
     def render(
         self,
@@ -124,15 +137,16 @@ class Capture:
         self._place(*_geom_poses(self.robot, self._mj_data, qpos, T_world_base), T_cam_world)
         if self.light != "headlight":
             self._light(light, T_cam_world[2, :3])
-        rays = _camera_rays(K, width, height, self.samples)
-        self._context.ray = self._warp.array(rays, dtype=self._warp.vec3)
+        if not np.array_equal(K, self._K):
+            rays = _camera_rays(K, width, height, self.samples)
+            self._context.ray, self._K = self._warp.array(rays, dtype=self._warp.vec3), K.copy()
         self._mjw.refit_bvh(self._model, self._data, self._context)
         self._mjw.render(self._model, self._data, self._context)
         shape = (height, width, self.samples)
         packed = self._context.rgb_data.numpy().reshape(shape)
         depth = self._context.depth_data.numpy().reshape(shape)
         geom = self._context.seg_data.numpy().reshape(*shape, 2)[..., 0]
-        return _resolve(packed, depth, self._link_of_geom[geom], len(self.robot.tree.link_names))
+        return _resolve(packed, depth, self._link_of_geom[geom])
 
     def _place(
         self,
@@ -199,10 +213,10 @@ class Capture:
         context.rgb_data = wp.zeros((1, rays), dtype=wp.uint32)
         context.depth_data = wp.zeros((1, rays), dtype=float)
         context.seg_data = wp.zeros((1, rays), dtype=wp.vec2i)
-        self._size = (width, height)
+        self._size, self._K = (width, height), np.zeros((3, 3))
 
     def _device(self) -> Any:
-        return self._warp.ScopedDevice("cuda" if self._warp.is_cuda_available() else "cpu")
+        return self._warp.ScopedDevice(self._device_name)
 
 
 def capture_frames(
@@ -250,6 +264,7 @@ def _render_model(robot: Robot, headlight: bool) -> mujoco.MjModel:
         raise InputError(f"robot {robot.name} has no visual geom; nothing to render")
     model = copy.copy(robot.mj_model)
     model.light_active[:] = 0
+    model.geom_contype[:] = model.geom_conaffinity[:] = 0
     light = model.vis.headlight
     light.active = int(headlight)
     light.ambient[:], light.diffuse[:], light.specular[:] = HEADLIGHT_AMBIENT, HEADLIGHT_DIFFUSE, 0.0
@@ -290,15 +305,31 @@ def _van_der_corput(count: int) -> Float[np.ndarray, " count"]:
 
 
 def _resolve(
-    packed: np.ndarray, depth: np.ndarray, links: np.ndarray, link_count: int
+    packed: np.ndarray, depth: np.ndarray, links: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Average the rays of each pixel: rgb, alpha, depth, link_id."""
+    """Average the rays of each pixel: rgb, alpha, depth, link_id; computed where a ray hits, the rest is white."""
+    shape, samples = links.shape[:-1], links.shape[-1]
+    rgb, (alpha, mean_depth) = np.ones((*shape, 3), np.float32), np.zeros((2, *shape), np.float32)
+    link_id = np.full(shape, -1, dtype=np.int64)
+    seen = (links >= 0).any(axis=-1)
+    packed, depth, links = packed[seen], depth[seen], links[seen]
     colours = packed.view(np.uint8).reshape(*packed.shape, 4)[..., 2::-1].astype(np.float32)
     hit = links >= 0
     colours += 0.5 * (hit[..., None] & (colours < 255.0))  # the renderer truncates to bytes: undo the mean bias
-    alpha = hit.mean(axis=-1, dtype=np.float32)
     hits = hit.sum(axis=-1)
-    mean_depth = np.where(hit, depth, 0.0).sum(axis=-1, dtype=np.float32) / np.maximum(hits, 1)
-    votes = np.stack([(links == link).sum(axis=-1) for link in range(link_count)])
-    link_id = np.where(2 * hits >= links.shape[-1], votes.argmax(axis=0), -1)
-    return colours.mean(axis=2) / np.float32(255.0), alpha, mean_depth.astype(np.float32), link_id
+    rgb[seen] = colours.mean(axis=1) / np.float32(255.0)
+    alpha[seen] = hit.mean(axis=-1, dtype=np.float32)
+    mean_depth[seen] = np.where(hit, depth, 0.0).sum(axis=-1, dtype=np.float32) / hits
+    link_id[seen] = np.where(2 * hits >= samples, _most_frequent(links), -1)
+    return rgb, alpha, mean_depth, link_id
+
+
+def _most_frequent(links: Int[np.ndarray, "pixels samples"]) -> Int[np.ndarray, " pixels"]:
+    """The link that occurs most often in each row, the lowest of several; -1, no link, never wins over a link."""
+    winner = links[:, 0].copy()
+    mixed = (links != links[:, :1]).any(axis=-1)
+    rows = links[mixed]
+    votes = (rows[:, :, None] == rows[:, None, :]).sum(axis=-1)
+    rank = np.where(rows >= 0, votes * (links.max(initial=0) + 1) - rows, np.iinfo(np.int64).min)
+    winner[mixed] = rows[np.arange(len(rows)), rank.argmax(axis=-1)]
+    return winner

@@ -94,9 +94,22 @@ def named_file(name: str, variant: str = "") -> Path:
 
 
 def _compiled(spec: mujoco.MjSpec) -> mujoco.MjModel:
-    """Compile without collisions, and, where a mesh is too flat for it, without inertias: neither is of use here."""
+    """Compile without collisions, and, where a mesh is too flat for it, without inertias: neither is of use here.
+
+    Which geoms can collide stays written in the model's `geom_contype` and `geom_conaffinity`.
+    """
+    collides = [(geom, geom.contype, geom.conaffinity) for geom in spec.geoms]
     for geom in spec.geoms:
         geom.contype, geom.conaffinity = 0, 0
+    model = _compiled_shapes(spec)
+    for geom, contype, conaffinity in collides:
+        geom.contype, geom.conaffinity = contype, conaffinity
+        if geom.id >= 0:
+            model.geom_contype[geom.id], model.geom_conaffinity[geom.id] = contype, conaffinity
+    return model
+
+
+def _compiled_shapes(spec: mujoco.MjSpec) -> mujoco.MjModel:
     try:
         return spec.compile()
     except ValueError as error:

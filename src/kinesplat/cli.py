@@ -10,13 +10,14 @@ from typing import Any
 import tyro
 
 from kinesplat.commands.common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, err
+from kinesplat.commands.dataset import dataset
 from kinesplat.commands.reconstruct import reconstruct
 from kinesplat.commands.render import render
 from kinesplat.commands.self_models import build, inspect, models
 from kinesplat.commands.show import benchmark, demo
 from kinesplat.errors import KinesplatError
 
-COMMANDS = (demo, build, inspect, models, render, reconstruct, benchmark)
+COMMANDS = (demo, build, dataset, inspect, models, render, reconstruct, benchmark)
 
 
 def program() -> tyro.extras.SubcommandApp:

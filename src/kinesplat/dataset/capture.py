@@ -309,8 +309,9 @@ def _resolve(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Average the rays of each pixel: rgb, alpha, depth, link_id; computed where a ray hits, the rest is white."""
     shape, samples = links.shape[:-1], links.shape[-1]
-    rgb, (alpha, mean_depth) = np.ones((*shape, 3), np.float32), np.zeros((2, *shape), np.float32)
-    link_id = np.full(shape, -1, dtype=np.int64)
+    rgb = np.ones((*shape, 3), dtype=np.float32)
+    alpha, mean_depth = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
+    link_id = np.full(shape, fill_value=-1, dtype=np.int64)
     seen = (links >= 0).any(axis=-1)
     packed, depth, links = packed[seen], depth[seen], links[seen]
     colours = packed.view(np.uint8).reshape(*packed.shape, 4)[..., 2::-1].astype(np.float32)

@@ -59,9 +59,7 @@ class SelfCollision:
         """Which of the configurations are free of collisions."""
         return torch.tensor([not any(self._collide(*pair) for pair in self._near(row).tolist()) for row in q])
 
-    def sample(
-        self, count: int, generator: torch.Generator
-    ) -> tuple[Float[Tensor, "count dof"], int]:
+    def sample(self, count: int, generator: torch.Generator) -> tuple[Float[Tensor, "count dof"], int]:
         """Configurations uniform over the free part of the joint limits, and how many were rejected for them.
 
         Raises:

@@ -20,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kinesplat import __version__
-from kinesplat.camera import Camera
 from kinesplat.dataset.capture import Capture, Device, capture_frames
 from kinesplat.dataset.collision import SelfCollision
 from kinesplat.dataset.container import FORMAT_VERSION, MANIFEST, SURFACE, Dataset

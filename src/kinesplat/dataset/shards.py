@@ -84,7 +84,9 @@ def read_shard(path: Path, geometry: bool = True) -> tuple[Frames, dict[str, np.
     except FileNotFoundError as error:
         raise DatasetError(f"{path}: no such shard") from error
     except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, EOFError, UnidentifiedImageError) as error:
-        raise DatasetError(f"{path}: corrupt shard ({error}); delete it and make the data set again to replace it") from error
+        raise DatasetError(
+            f"{path}: corrupt shard ({error}); delete it and make the data set again to replace it"
+        ) from error
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error.strerror or error})") from error
 
@@ -99,7 +101,7 @@ def read_shard_header(path: Path) -> dict[str, Any]:
 
 
 def _frames(images: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> Frames:
-    count, height, width = images["alpha"].shape
+    _, height, width = images["alpha"].shape
     tensors = {name: torch.from_numpy(arrays.pop(name)) for name in ("q", "K", "T_cam_world", "depth_step_m")}
     light = torch.from_numpy(arrays.pop("light")) if "light" in arrays else None
     depth = link_id = None
@@ -107,7 +109,8 @@ def _frames(images: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> Fra
         depth = _metres(torch.from_numpy(images["depth"].astype(np.int32)), tensors["depth_step_m"])
         link_id = torch.from_numpy(images["link_id"].astype(np.int16) - np.int16(1))
     camera = Camera(tensors["K"], tensors["T_cam_world"], width, height)
-    return Frames(tensors["q"], camera, *(torch.from_numpy(images[k]) for k in ("rgb", "alpha")), depth, link_id, light)
+    rgb, alpha = torch.from_numpy(images["rgb"]), torch.from_numpy(images["alpha"])
+    return Frames(tensors["q"], camera, rgb, alpha, depth, link_id, light)
 
 
 def _metres(steps: Shaped[Tensor, "n h w"], step: Float[Tensor, " n"]) -> Float[Tensor, "n h w"]:

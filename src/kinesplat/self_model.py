@@ -259,14 +259,11 @@ def _check_contents(model: SelfModel, path: str | Path) -> None:
     if not all(torch.isfinite(p).all() for network in model.networks.values() for p in network.parameters()):
         raise ModelFileError(f"{path}: a weight of a network is NaN or infinite")
     links = len(model.tree.link_names)
-    if model.skinning is not None and model.skinning.network.last.out_features != links:
-        raise ModelFileError(
-            f"{path}: a skinning field of {model.skinning.network.last.out_features} links, not {links}"
-        )
-    if model.appearance is not None and len(model.appearance.q_half) != model.tree.dof:
-        raise ModelFileError(
-            f"{path}: an appearance field of {len(model.appearance.q_half)} joints, not {model.tree.dof}"
-        )
+    counts = {"links": (model.skinning and model.skinning.network.last.out_features, links)}
+    counts["joints"] = (model.appearance and len(model.appearance.q_half), model.tree.dof)
+    for kind, (found, expected) in counts.items():
+        if found not in (None, expected):
+            raise ModelFileError(f"{path}: a network for {found} {kind}, a robot with {expected}")
     if len(model.link_index) and not 0 <= int(model.link_index.min()) <= int(model.link_index.max()) < links:
         raise ModelFileError(f"{path}: a splat rides on a link outside 0 to {links - 1}")
 

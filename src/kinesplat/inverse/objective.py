@@ -112,7 +112,12 @@ class PhotometricObjective:
         return self.difference(at).flatten(1) / math.sqrt(self.observation.rgb[..., 0].numel())
 
     def linearize(self, at: Configurations) -> Linearization:
-        """Loss, gradient and Gauss-Newton Hessian, exact, without a dense Jacobian."""
+        """Loss, gradient and Gauss-Newton Hessian, without a dense Jacobian: exact.
+
+        Splats of a model with a skinning field ride on several links at once; those take `linearize_by_differences`.
+        """
+        if self.model.skinning is not None:
+            return self.linearize_by_differences(at)
         seen, splats, tree = self.observation, self.model.parameters.activate(), at.tree
         camera = Camera(seen.camera.K, at.T_cam_world, seen.camera.width, seen.camera.height)
         equations = normal_equations(

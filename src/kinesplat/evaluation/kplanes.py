@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from kinesplat.camera import Camera
-from kinesplat.gaussians import Gaussians, Parameters
+from kinesplat.gaussians import GAUSSIANS, Gaussians, Parameters
 from kinesplat.kinematics import KinematicTree
 from kinesplat.quaternions import quat_product
 from kinesplat.rasterizer import DEFAULT_OUTPUTS, WHITE, Render, rasterize
@@ -146,9 +146,9 @@ class KPlanesModel:
     def posed(self, q: Float[Tensor, "*batch dof"]) -> Gaussians:
         """The splats of configuration `q` in the world, batch ``*batch``."""
         flat = [self._posed_once(one.to(self.parameters.means)) for one in q.reshape(-1, q.shape[-1])]
-        names = vars(flat[0])
-        stacked = {name: torch.stack([getattr(g, name) for g in flat]) for name in names}
-        return Gaussians(**{name: value.reshape(*q.shape[:-1], *value.shape[1:]) for name, value in stacked.items()})
+        stacked = {name: torch.stack([getattr(g, name) for g in flat]) for name in GAUSSIANS}
+        shaped = {name: value.reshape(*q.shape[:-1], *value.shape[1:]) for name, value in stacked.items()}
+        return replace(flat[0], **shaped)
 
     def _posed_once(self, q: Float[Tensor, " dof"]) -> Gaussians:
         gaussians = self.parameters.activate()

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kinesplat.camera import Camera
-from kinesplat.gaussians import Parameters
+from kinesplat.gaussians import PARAMETERS, Parameters
 from kinesplat.rasterizer.projection import quats_to_rotations
 from kinesplat.training.splat_optimizer import SplatOptimizer
 
@@ -105,5 +105,5 @@ def _drawn_from(parents: Parameters, generator: torch.Generator) -> Parameters:
 
 
 def _joined(parts: list[Parameters]) -> Parameters:
-    names = vars(parts[0])
-    return Parameters(**{name: torch.cat([getattr(part, name).detach() for part in parts]) for name in names})
+    joined = {name: torch.cat([getattr(part, name).detach() for part in parts]) for name in PARAMETERS}
+    return replace(parts[0], **joined)

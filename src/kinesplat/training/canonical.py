@@ -117,4 +117,4 @@ def fit_canonical(
         if tick.step % max(1, steps // 20) == 0 and 0.25 <= tick.share <= 0.75:
             densify_and_prune(splats, gradients, thresholds, size, generator)
             gradients = ScreenGradients(len(splats.parameters), device)
-    return Parameters(*(value.detach() for value in vars(splats.parameters).values()))
+    return splats.detached()

@@ -86,8 +86,7 @@ class JointFit:
     @property
     def model(self) -> Any:
         """The model with its present splats, detached; the networks are shared."""
-        parameters = Parameters(*(value.detach() for value in vars(self._splats.parameters).values()))
-        return replace(self._model, parameters=parameters)  # pyright: ignore[reportArgumentType]
+        return replace(self._model, parameters=self._splats.detached())  # pyright: ignore[reportArgumentType]
 
     def steps(self, budget: Budget, *, done: int = 0, seconds: float = 0.0, progress: bool = False) -> Iterator[Tick]:
         """Step until the budget is spent.
@@ -131,7 +130,7 @@ class JointFit:
         for name, network in self._model.networks.items():
             network.load_state_dict(state["networks"][name])
         if self._adam is not None:
-            self._adam.load_state_dict(state["adam"])
+            self._adam.load_state_dict(deepcopy(dict(state["adam"])))
 
 
 def views_by_configuration(frames: Frames) -> list[list[int]]:

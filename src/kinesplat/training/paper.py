@@ -127,7 +127,7 @@ def train_paper(
             seed=seed,
             progress=progress,
         )
-        keep(canonical=vars(splats))
+        keep(canonical=splats.tensors())
     if "skinning" not in state:
         keep(skinning=_skinning(robot, settings, device, seed, progress).state_dict())
     model = _assembled(robot, state, settings, device, seed)

@@ -1,7 +1,8 @@
 """Adam on a set of splats that may grow and shrink while it is optimised."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ class SplatOptimizer:
 
     def __init__(self, parameters: Parameters, rates: Rates, scene_size: float) -> None:
         """Leaves with the values of `parameters`; `scene_size` scales the rate of the means [m]."""
-        self.parameters = Parameters(*(_leaf(getattr(parameters, f.name)) for f in fields(Parameters)))
+        leaves = {name: _leaf(value) for name, value in parameters.tensors().items()}
+        self.parameters = replace(parameters, **leaves)
         self.rates = {f.name: getattr(rates, f.name) for f in fields(Rates)}
         self.rates["means"] *= scene_size
         groups = [{"params": [getattr(self.parameters, name)], "name": name} for name in self.rates]
@@ -69,12 +71,15 @@ class SplatOptimizer:
                 self._adam.state[leaf] = {**state, **moments}
             group["params"] = [leaf]
             changed[name] = leaf
-        self.parameters = Parameters(**changed)
+        self.parameters = replace(self.parameters, **changed)
+
+    def detached(self) -> Parameters:
+        """The splats, without a graph."""
+        return replace(self.parameters, **{k: v.detach() for k, v in self.parameters.tensors().items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Splats and moments, for a checkpoint."""
-        splats = {f.name: getattr(self.parameters, f.name).detach() for f in fields(Parameters)}
-        return {"splats": splats, "adam": self._adam.state_dict()}
+        return {"splats": self.detached().tensors(), "adam": self._adam.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
@@ -82,7 +87,7 @@ class SplatOptimizer:
             torch.zeros(len(self.parameters), dtype=torch.bool, device=self.parameters.means.device),
             Parameters(**state["splats"]),
         )
-        self._adam.load_state_dict(state["adam"])
+        self._adam.load_state_dict(deepcopy(state["adam"]))
 
 
 def _leaf(values: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ LEVELS = [
         "quaternions",
         "fourier_mlp",
         "files",
+        "devices",
     ],
     ["description", "rasterizer"],
     ["appearance", "surface", "skinning", "model_file"],

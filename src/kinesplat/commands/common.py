@@ -10,7 +10,8 @@ import tyro
 from rich.console import Console
 
 from kinesplat import zoo
-from kinesplat.errors import BackendError, InputError, unknown
+from kinesplat.devices import resolve_device
+from kinesplat.errors import InputError, unknown
 from kinesplat.files import written_whole
 from kinesplat.self_model import SelfModel
 
@@ -61,9 +62,7 @@ def device_of(common: Common) -> torch.device:
     if not 0 <= common.seed < 2**31:
         raise InputError(f"--seed {common.seed}: expected 0 to {2**31 - 1}")
     torch.manual_seed(common.seed)
-    if common.device == "cuda":
-        raise BackendError("--device cuda: this version has no CUDA backend yet; choose cpu or auto")
-    return torch.device("cpu")
+    return resolve_device(common.device)
 
 
 def same_size(pictures: list[torch.Tensor], paths: tuple[Path, ...]) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from kinesplat.rasterizer.render import OUTPUTS, Background, Render, Scene, make
 
 __all__ = ["BACKENDS", "OUTPUTS", "NormalEquations", "Render", "normal_equations", "rasterize", "rasterize_links"]
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "cuda", "gsplat", "reference")
 DEFAULT_OUTPUTS = ("rgb", "alpha", "depth")
 WHITE = (1.0, 1.0, 1.0)
 
@@ -40,13 +40,14 @@ def rasterize(
         camera: pinhole cameras without skew; cast to the splats' dtype.
         background: ``(3,)`` or ``(*k, 3)`` colour composited last.
         eps2d: screen dilation added to the covariances [px^2]; 0.3 in 3DGS files, smaller is sharper.
-        backend: "cpu" (native, float32), "reference" (plain torch, any dtype and device, slow), or None: "cpu" for
-            float32 and "reference" for float64, which the native kernel would round.
+        backend: "cpu" (native, float32), "cuda" (Triton kernels, float32 on a GPU), "gsplat" (its CUDA kernels, for
+            comparison), "reference" (plain torch, any dtype and device, slow), or None: "cpu" or "cuda", where the
+            splats are, for float32 and "reference" for float64, which the others would round.
         outputs: which of "rgb", "alpha", "depth", "link_id" (0 where a splat is hit), "contribution" to compute.
 
     Raises:
         InputError: shapes, dtypes, devices, NaN or infinity, an unknown output or backend.
-        BackendError: the native module is missing, or no backend serves this device.
+        BackendError: the native module, Triton or gsplat is missing, or no backend serves this device.
     """
     index = torch.zeros(len(gaussians), dtype=torch.int32, device=gaussians.means.device)
     identity = torch.eye(4, dtype=gaussians.means.dtype, device=gaussians.means.device)[None]
@@ -87,7 +88,7 @@ def rasterize_links(
 
     Raises:
         InputError: shapes, dtypes, devices, NaN or infinity, an index outside the links, an unknown output or backend.
-        BackendError: the native module is missing, or no backend serves this device.
+        BackendError: the native module, Triton or gsplat is missing, or no backend serves this device.
     """
     scene = make_scene(gaussians, link_index, link_weights, Ts_world_link, camera, background, eps2d, outputs)
     return _render(scene, backend)
@@ -96,9 +97,16 @@ def rasterize_links(
 def _render(scene: Scene, backend: str | None) -> Render:
     if backend is not None and backend not in BACKENDS:
         raise InputError(unknown("backend", backend, BACKENDS))
-    means = scene.gaussians.means
-    if backend is None:
-        if means.device.type != "cpu":
-            raise BackendError(f"no backend for device {means.device} but 'reference'; pass backend='reference'")
-        backend = "cpu" if means.dtype == torch.float32 else "reference"
-    return import_module(f"kinesplat.rasterizer.{backend}").render(scene)
+    return import_module(f"kinesplat.rasterizer.{backend or default_backend(scene.gaussians.means)}").render(scene)
+
+
+def default_backend(means: Tensor) -> str:
+    """Name of the backend for splats of this dtype on this device.
+
+    Raises:
+        BackendError: the device is neither a CPU nor a CUDA GPU.
+    """
+    backends = {"cpu": "cpu", "cuda": "cuda"}
+    if means.device.type not in backends:
+        raise BackendError(f"no backend for device {means.device} but 'reference'; pass backend='reference'")
+    return backends[means.device.type] if means.dtype == torch.float32 else "reference"

@@ -11,13 +11,14 @@ import tyro
 
 from kinesplat.commands.common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, err
 from kinesplat.commands.dataset import dataset
+from kinesplat.commands.evaluate import evaluate
 from kinesplat.commands.reconstruct import reconstruct
 from kinesplat.commands.render import render
 from kinesplat.commands.self_models import build, inspect, models
 from kinesplat.commands.show import benchmark, demo
 from kinesplat.errors import KinesplatError
 
-COMMANDS = (demo, build, dataset, inspect, models, render, reconstruct, benchmark)
+COMMANDS = (demo, build, dataset, evaluate, inspect, models, render, reconstruct, benchmark)
 
 
 def program() -> tyro.extras.SubcommandApp:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kinesplat.dataset.frames import Frames
 from kinesplat.dataset.plan import Plan, Shard, Split
-from kinesplat.dataset.shards import read_shard, read_shard_header
+from kinesplat.dataset.shards import read_array, read_shard, read_shard_header
 from kinesplat.errors import DatasetError, InputError, unknown
 
 FORMAT_VERSION = 1
@@ -140,20 +140,19 @@ class Dataset:
         found = []
         for shard in self.plan.shards(split):
             try:
-                _, arrays, _ = read_shard(self.directory / shard.file_name, geometry=False)
+                Ts_world_link = torch.from_numpy(read_array(self.directory / shard.file_name, "Ts_world_link"))
             except DatasetError:
                 if not self.skip_corrupt:
                     raise
                 continue
-            found.append(torch.from_numpy(arrays["Ts_world_link"])[self._rows(shard, part)])
+            found.append(Ts_world_link[self._rows(shard, part)])
             if limit is not None and sum(map(len, found)) >= limit:
                 break
         return torch.cat(found)[:limit]
 
     def rejected(self) -> int:
         """How many configurations were thrown away because the robot collided with itself."""
-        headers = (read_shard_header(self.directory / s.file_name) for s in self.plan.shards())
-        return sum(int(header.get("rejected", 0)) for header in headers)
+        return sum(int(read_shard_header(self.directory / s.file_name)["rejected"]) for s in self.plan.shards())
 
     def _rows(self, shard: Shard, part: Part) -> Int[Tensor, " rows"]:
         """Which images of a shard belong to a part."""
@@ -167,7 +166,7 @@ class Dataset:
 
     def _read(self, shard: Shard, geometry: bool) -> Frames | None:
         try:
-            frames, _, _ = read_shard(self.directory / shard.file_name, geometry)
+            frames, _ = read_shard(self.directory / shard.file_name, geometry)
         except DatasetError:
             if self.skip_corrupt:
                 return None

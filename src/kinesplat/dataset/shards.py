@@ -7,7 +7,8 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ from kinesplat.errors import DatasetError
 from kinesplat.files import written_whole
 
 MAX_DEPTH_STEP = 65535
+_BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    KeyError,
+    ValueError,
+    TypeError,
+    EOFError,
+    UnidentifiedImageError,
+    SyntaxError,
+)
 _EARLIEST = (1980, 1, 1, 0, 0, 0)  # members carry no time, so equal data are equal files
 
 
@@ -67,50 +78,62 @@ def write_shard(path: Path, frames: Frames, extra: Mapping[str, np.ndarray], hea
                 _add(archive, f"{name}/{row:03d}.png", _png(image))
 
 
-def read_shard(path: Path, geometry: bool = True) -> tuple[Frames, dict[str, np.ndarray], dict[str, Any]]:
-    """Images, extra arrays and header that `write_shard` wrote; without `geometry` neither depth nor link ids.
+def read_shard(path: Path, geometry: bool = True) -> tuple[Frames, dict[str, Any]]:
+    """Images and header that `write_shard` wrote; without `geometry` neither depth nor link ids.
 
     Raises:
         DatasetError: the file is missing, cut short, corrupt, or no shard.
     """
+    with _opened(path) as archive:
+        header = json.loads(archive.read("shard.json"))
+        kinds = ("rgb", "alpha", "depth", "link_id") if geometry else ("rgb", "alpha")
+        images = {kind: _pictures(archive, kind, int(header["images"])) for kind in kinds}
+        names = ["q", "K", "T_cam_world", "depth_step_m", *(["light"] if "light.npy" in archive.namelist() else [])]
+        return _frames(images, {name: torch.from_numpy(_array(archive, name)) for name in names}), header
+
+
+def read_array(path: Path, name: str) -> np.ndarray:
+    """One array of a shard, without decoding its pictures.
+
+    Raises:
+        DatasetError: the file is missing, cut short, corrupt, or has no such array.
+    """
+    with _opened(path) as archive:
+        return _array(archive, name)
+
+
+def read_shard_header(path: Path) -> dict[str, Any]:
+    """The header alone.
+
+    Raises:
+        DatasetError: the file is missing, cut short, corrupt, or no shard.
+    """
+    with _opened(path) as archive:
+        return json.loads(archive.read("shard.json"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive; whatever goes wrong while it is read names the file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            header = json.loads(archive.read("shard.json"))
-            names = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
-            arrays = {name: np.load(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False) for name in names}
-            kinds = ("rgb", "alpha", "depth", "link_id") if geometry else ("rgb", "alpha")
-            images = {kind: _pictures(archive, kind, int(header["images"])) for kind in kinds}
-        return _frames(images, arrays), arrays, header
+            yield archive
     except FileNotFoundError as error:
         raise DatasetError(f"{path}: no such shard") from error
-    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, TypeError, EOFError, UnidentifiedImageError) as error:
-        raise DatasetError(
-            f"{path}: corrupt shard ({error}); delete it and make the data set again to replace it"
-        ) from error
+    except _BROKEN as error:
+        raise DatasetError(f"{path}: corrupt shard ({error}); delete it and run kinesplat dataset again") from error
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def read_shard_header(path: Path) -> dict[str, Any]:
-    """The header alone, or an empty one if the shard is missing or broken."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return json.loads(archive.read("shard.json"))
-    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError):
-        return {}
-
-
-def _frames(images: dict[str, np.ndarray], arrays: dict[str, np.ndarray]) -> Frames:
-    _, height, width = images["alpha"].shape
-    tensors = {name: torch.from_numpy(arrays.pop(name)) for name in ("q", "K", "T_cam_world", "depth_step_m")}
-    light = torch.from_numpy(arrays.pop("light")) if "light" in arrays else None
+def _frames(images: dict[str, np.ndarray], arrays: dict[str, Tensor]) -> Frames:
+    rgb, alpha = torch.from_numpy(images["rgb"]), torch.from_numpy(images["alpha"])
+    camera = Camera(arrays["K"], arrays["T_cam_world"], rgb.shape[2], rgb.shape[1])
     depth = link_id = None
     if "depth" in images:
-        depth = _metres(torch.from_numpy(images["depth"].astype(np.int32)), tensors["depth_step_m"])
+        depth = _metres(torch.from_numpy(images["depth"].astype(np.int32)), arrays["depth_step_m"])
         link_id = torch.from_numpy(images["link_id"].astype(np.int16) - np.int16(1))
-    camera = Camera(tensors["K"], tensors["T_cam_world"], width, height)
-    rgb, alpha = torch.from_numpy(images["rgb"]), torch.from_numpy(images["alpha"])
-    return Frames(tensors["q"], camera, rgb, alpha, depth, link_id, light)
+    return Frames(arrays["q"], camera, rgb, alpha, depth, link_id, arrays.get("light"))
 
 
 def _metres(steps: Shaped[Tensor, "n h w"], step: Float[Tensor, " n"]) -> Float[Tensor, "n h w"]:
@@ -123,6 +146,10 @@ def _pictures(archive: zipfile.ZipFile, kind: str, count: int) -> np.ndarray:
         with Image.open(io.BytesIO(archive.read(f"{kind}/{row:03d}.png"))) as image:
             images.append(np.array(image))
     return np.stack(images)
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    return np.load(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:

@@ -1,0 +1,78 @@
+"""How good self-models are on held-out images: evaluate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from kinesplat.commands.common import (
+    DEFAULTS,
+    CommonOptions,
+    Output,
+    device_of,
+    err,
+    load_model,
+    make_folder,
+    out,
+    write_json,
+)
+from kinesplat.dataset.container import Dataset
+from kinesplat.errors import InputError
+from kinesplat.evaluation.figure import write_figure
+from kinesplat.evaluation.table import Renderable
+from kinesplat.evaluation.table import evaluate as evaluate_models
+from kinesplat.files import written_whole
+
+
+def evaluate(
+    models: Annotated[tuple[str, ...], tyro.conf.Positional],
+    dataset: Path,
+    output: Output = Path("evaluation"),
+    images: int | None = None,
+    baselines: bool = True,
+    skip_corrupt: bool = False,
+    *,
+    common: CommonOptions = DEFAULTS,
+) -> None:
+    """Measure self-models on the test images of a data set: PSNR, SSIM, masks, Chamfer distance, and baselines.
+
+    Writes evaluation.json, evaluation.md and figure.png into the output folder.
+
+    Args:
+        models: model files, or names of packaged models; each gets a row.
+        dataset: folder that `kinesplat dataset` wrote, of the same robot.
+        output: folder for the results; created if needed.
+        images: measure on so many test images only.
+        baselines: also measure what a model has to beat: images looked up among those of training, a random one, the
+            model without its appearance field, and without motion.
+        skip_corrupt: leave out shards of the data set that cannot be read.
+    """
+    device_of(common)
+    if not models:
+        raise InputError("no model given: kinesplat evaluate MODEL... --dataset DIR")
+    data = Dataset.open(dataset, skip_corrupt)
+    loaded: dict[str, Renderable] = {
+        name: load_model(model) for model, name in zip(models, _names(models), strict=True)
+    }
+    make_folder(output)
+    evaluation = evaluate_models(
+        loaded,
+        data,
+        limit=images,
+        baselines=baselines,
+        seed=common.seed,
+        report=(lambda name: err.print(f"measuring {name}", markup=False)) if err.is_terminal else None,
+    )
+    write_json(output / "evaluation.json", evaluation.to_json())
+    with written_whole(output / "evaluation.md") as temporary:
+        temporary.write_text(evaluation.to_markdown())
+    write_figure(output / "figure.png", evaluation)
+    out.print(evaluation.to_markdown(), markup=False)
+    out.print(f"wrote evaluation.json, evaluation.md and figure.png into {output}")
+    write_json(common.json, evaluation.to_json())
+
+
+def _names(models: tuple[str, ...]) -> list[str]:
+    """Short names of the models, told apart where they repeat."""
+    stems = [Path(model).stem if Path(model).suffix else model for model in models]
+    return [f"{stem} ({model})" if stems.count(stem) > 1 else stem for stem, model in zip(stems, models, strict=True)]

@@ -10,8 +10,8 @@ import torch
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError
 from kinesplat.inverse import FitResult, reconstruct
+from kinesplat.inverse.coarse_to_fine import GLOBAL_LEVELS, NEAR_LEVELS, levels_for
 from kinesplat.inverse.observation import Observation, plain_background
-from kinesplat.inverse.reconstruct import _levels
 from kinesplat.inverse.result import covariance_of
 from kinesplat.self_model import SelfModel
 from kinesplat.twists import exp_twist
@@ -47,10 +47,8 @@ def off(model: SelfModel, q: torch.Tensor, by: float, seed: int) -> torch.Tensor
 
 @pytest.mark.parametrize(("width", "height"), [(100, 80), (200, 150), (30, 20)])
 def test_the_last_stage_is_at_full_size_with_the_whole_model(kinearm: SelfModel, width: int, height: int) -> None:
-    camera = Camera.framing(kinearm.posed(kinearm.tree.q_canonical.float()).means, width=width, height=height)
-    seen = Observation.create(torch.ones(height, width, 3), torch.ones(height, width), camera)
-    for near in (True, False):
-        last = _levels(near, seen)[-1]
+    for levels in (NEAR_LEVELS, GLOBAL_LEVELS):
+        last = levels_for(levels, max(width, height))[-1]
         assert last.px == width
         assert last.splats >= len(kinearm.parameters)
 

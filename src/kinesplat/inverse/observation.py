@@ -15,6 +15,7 @@ from kinesplat.errors import InputError
 ImageLike = Any
 MASK_FLOOR = 0.02
 HIGHLIGHT = 1.5
+BACKGROUND_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ class Observation:
         background = torch.ones(3) if plain is None else plain
         return cls(torch.where(mask[..., None] > MASK_FLOOR, rgb, background), mask, camera, background)
 
+    def silhouette(self) -> Float[Tensor, "views height width"]:
+        """The masks, or what differs from the plain background."""
+        if self.mask is not None:
+            return self.mask
+        return ((self.rgb - self.background).abs().amax(dim=-1) > BACKGROUND_TOLERANCE).float()
+
     def resized(self, long_side: int) -> "Observation":
         """Area-averaged to at most `long_side` pixels along the longer image side (blurred, not decimated)."""
         height, width = self.rgb.shape[1:3]
@@ -86,6 +93,21 @@ class Observation:
         rgb = shrink(self.rgb.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).contiguous()
         mask = None if self.mask is None else shrink(self.mask[:, None], size)[:, 0]
         return type(self)(rgb, mask, self.camera.resized(size[1], size[0]), self.background)
+
+
+def image_shape(images: ImageLike) -> tuple[int, int, int]:
+    """Number of views, height and width of what `Observation.create` takes.
+
+    Raises:
+        InputError: it has another form.
+    """
+    rgb = _as_float(images, "images")
+    if rgb.dim() not in (3, 4) or rgb.shape[-1] != 3:
+        raise InputError(
+            f"images have shape {tuple(rgb.shape)}; expected (height, width, 3) or (views, height, width, 3)"
+        )
+    height, width = rgb.shape[-3:-1]
+    return (1 if rgb.dim() == 3 else len(rgb)), height, width
 
 
 def plain_background(rgb: Float[Tensor, "views height width 3"]) -> Float[Tensor, "3"] | None:

@@ -1,62 +1,65 @@
 """From pixels to joints (and camera): many starts, coarse to fine, Levenberg-Marquardt at every image size."""
 
+import functools
 import time
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from rich.progress import Progress
 from torch import Tensor
 
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError
-from kinesplat.inverse.levenberg_marquardt import Solution, levenberg_marquardt
+from kinesplat.inverse.alignment import MaskBoxes, random_views
+from kinesplat.inverse.coarse_to_fine import (
+    GLOBAL_LEVELS,
+    NEAR_LEVELS,
+    Level,
+    Refinement,
+    levels_for,
+    refine,
+    same_place,
+)
+from kinesplat.inverse.levenberg_marquardt import Solution
 from kinesplat.inverse.objective import Configurations, PhotometricObjective
-from kinesplat.inverse.observation import ImageLike, Observation
+from kinesplat.inverse.observation import ImageLike, Observation, image_shape
 from kinesplat.inverse.result import FitResult, Hypothesis, covariance_of
-from kinesplat.inverse.search import search, with_aliases
+from kinesplat.inverse.search import CHUNK, ROUNDS, joined, joint_scale, one_turn, search
+from kinesplat.inverse.verdict import evidence_of, verdict
 from kinesplat.self_model import SelfModel
+from kinesplat.twists import exp_twist
+
+NEAR_STARTS, GLOBAL_STARTS = 16, 48
+START_SPREAD_RAD = 0.45
+CAMERA_SPREAD_RAD = 0.1
+DISTINCT_RAD = 0.1
 
 
 @dataclass(frozen=True)
-class Level:
-    """One stage of the coarse-to-fine search.
+class Attempt:
+    """One way to look for starts: a first generation, and the rounds in which it evolves.
 
     Attributes:
-        px: longer image side [px].
-        splats: size of the model that is rendered.
-        iterations: Levenberg-Marquardt steps at most.
-        kept: share of the starts that enter this level.
-        aliases: whether aliases of the best four fill it up.
+        drawn: size of the first generation.
+        rounds: length of the random steps and blur [px] of every round; without rounds the best drawn are the starts.
+        starts: how many are optimised.
+        levels: the image sizes.
     """
 
-    px: int
-    splats: int
-    iterations: int
-    kept: float
-    aliases: bool = False
+    drawn: int
+    rounds: tuple[tuple[float, float], ...]
+    starts: int
+    levels: tuple[Level, ...]
 
 
-NEAR_LEVELS = (
-    Level(32, 1_000, 12, 1.0),
-    Level(64, 3_000, 12, 0.5),
-    Level(128, 3_000, 10, 0.25),
-    Level(256, 1_000_000, 10, 0.125),
+NEAR_ROUNDS = ((0.4, 0.9), (0.3, 0.75), (0.2, 0.45), (0.15, 0.3))
+NEAR_ATTEMPTS = (
+    Attempt(1_024, (), NEAR_STARTS, NEAR_LEVELS),
+    Attempt(2_048, NEAR_ROUNDS, GLOBAL_STARTS, GLOBAL_LEVELS),
+    Attempt(2_048, ROUNDS, GLOBAL_STARTS, GLOBAL_LEVELS),
 )
-GLOBAL_LEVELS = (
-    Level(32, 1_000, 12, 1.0),
-    Level(64, 3_000, 12, 0.35),
-    Level(64, 3_000, 12, 0.5, aliases=True),
-    Level(128, 3_000, 10, 0.125),
-    Level(256, 1_000_000, 10, 0.065),
-)
-NEAR_STARTS, GLOBAL_STARTS = 16, 48
-SCREENED = 1_024
-SCREEN_CHUNK = 256
-START_SPREAD_RAD = 0.45
-DISTINCT_RAD = 0.1
-AMBIGUOUS_RATIO = 1.3
-UNEXPLAINED_FAILURE = 0.25
+GLOBAL_ATTEMPTS = (Attempt(4_096, ROUNDS, GLOBAL_STARTS, GLOBAL_LEVELS),) * 3
 
 
 @torch.no_grad()
@@ -79,18 +82,21 @@ def reconstruct(
     With `q_init`: looks at it and a thousand random neighbours within 0.45 rad of it at 32 px and takes the best of
     them as starts. Without: searches the whole range of the joints (`kinesplat.inverse.search`), aliases included,
     which takes some twenty thousand small renderings. Either way the survivors are sharpened by Levenberg-Marquardt up
-    to 256 px along the longer image side. Joint limits are respected.
+    to 256 px along the longer image side. Where the verdict is not "converged", further attempts follow that search
+    harder, up to three in all. Joint limits are respected.
 
     Args:
         model: self-model of the robot.
         images: ``(height, width, 3)`` or ``(views, height, width, 3)`` of ONE configuration; float in [0, 1] or uint8.
-        camera: one camera or one per view; with `optimize_camera` it is the first guess.
-        K: ``(3, 3)`` intrinsics [px] that replace those of `camera`.
+        camera: one camera or one per view; with `optimize_camera` it is the first guess, right within about 0.1 rad and
+            5 % of the distance, or None: then every direction is tried, and the distance follows from the mask.
+        K: ``(3, 3)`` intrinsics [px] that replace those of `camera`; needed where `camera` is None.
         masks: ``(height, width)`` or ``(views, height, width)``, 1 on the robot. Without masks the background must be
             of one colour.
         q_init: ``(dof,)`` start, or ``(m, dof)`` several, which get no neighbours [rad]/[m]; default: no idea.
         optimize_camera: also move every camera, six numbers a view.
-        starts: number of starts that are optimised; default 16, or 48 without `q_init`. With 1, `q_init` gets no
+        starts: number of starts that are optimised, in a single attempt; default 16, or 48 without `q_init`, in up to
+            three attempts. With 1, `q_init` gets no
             neighbours.
         colour_weight: weight of the colours against the mask; 0.1 for photographs whose light is not a headlight.
         seed: of the random starts.
@@ -100,121 +106,156 @@ def reconstruct(
         InputError: images, masks, camera or q of the wrong type, shape or range; a camera inside the robot.
     """
     began = time.perf_counter()
-    observation = Observation.create(images, masks, _checked_camera(camera, K))
-    near = q_init is not None
-    starts = (NEAR_STARTS if near else GLOBAL_STARTS) if starts is None else starts
-    state = initial_states(model, observation, q_init, starts, seed, optimize_camera)
-    if near:
-        model.check_camera(state.q[0], observation.camera)
-    levels = _levels(near, observation)
-    objectives = [
-        PhotometricObjective(model.subsample(level.splats), observation.resized(level.px), colour_weight)
-        for level in levels
-    ]
-    solutions: list[Solution[Configurations]] = []
-    parents: list[Tensor] = []
+    known = camera is not None
+    observation = Observation.create(images, masks, _checked_camera(camera, K, images, optimize_camera))
+    attempts = planned(q_init, starts)
+    problem = Problem(model, observation, q_init, seed, optimize_camera, known)
+    if q_init is not None and known:
+        model.check_camera(problem.first_generation(attempts[0], 0).q[0], observation.camera)
+
+    @functools.cache
+    def objective(px: int, splats: int) -> PhotometricObjective:
+        return PhotometricObjective(model.subsample(splats), observation.resized(px), colour_weight)
+
+    found: list[Refinement] = []
     with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("looking for starts", total=len(levels))
-        for level, objective in zip(levels, objectives, strict=True):
-            if solutions:
-                kept = survivors(solutions[-1], 4 if level.aliases else max(2, round(starts * level.kept)))
-                state = solutions[-1].state.select(kept)
-                if level.aliases:
-                    state = with_aliases(objective, state, max(4, round(starts * level.kept)))
-                    kept = torch.cat([kept, kept.new_zeros(len(state.q) - len(kept))])
-                parents.append(kept)
-            elif near:
-                state = screened(objective, state, starts)
-            else:
-                state = search(objective, state, starts, torch.Generator().manual_seed(seed))
-            bar.update(task, description=f"{level.px} px, {len(state.q)} starts")
-            solutions.append(levenberg_marquardt(objective.linearize, state, iterations=level.iterations))
-            bar.advance(task)
-    fit = _result(objectives[-1], observation.camera, solutions, parents, time.perf_counter() - began)
+        task = bar.add_task("looking for starts", total=None)
+        for number, attempt in enumerate(attempts):
+            levels = levels_for(attempt.levels, max(observation.rgb.shape[1:3]))
+            objectives = [objective(level.px, level.splats) for level in levels]
+            state = problem.starts(attempt, number, objectives[0])
+            found.append(
+                refine(levels, objectives, state, lambda words: bar.update(task, description=words, advance=1))
+            )
+            fit = _result(objectives[-1], observation.camera, found, time.perf_counter() - began)
+            if fit.verdict == "converged":
+                break
     if not optimize_camera:
         model.check_camera(fit.q, fit.camera)
     return fit
 
 
-def _levels(near: bool, observation: Observation) -> list[Level]:
-    """The stages that the size of the images allows; the last one is at full size, or 256 px, with the whole model."""
-    long_side = max(observation.rgb.shape[1:3])
-    *coarse, last = NEAR_LEVELS if near else GLOBAL_LEVELS
-    return [*(level for level in coarse if level.px < long_side), replace(last, px=min(last.px, long_side))]
-
-
-def initial_states(
-    model: SelfModel,
-    observation: Observation,
-    q_init: Float[Tensor, "*starts dof"] | None,
-    starts: int,
-    seed: int,
-    camera_free: bool,
-) -> Configurations:
-    """The configurations to begin with: the canonical one, those given, or the given one and its neighbours.
+def planned(q_init: Float[Tensor, "*starts dof"] | None, starts: int | None) -> list[Attempt]:
+    """The attempts that are made until one converges; a single one where the caller sets the starts.
 
     Raises:
-        InputError: `starts` is below 1, or `q_init` has the wrong size or holds NaN.
+        InputError: `starts` is below 1.
     """
-    if starts < 1:
+    if starts is not None and starts < 1:
         raise InputError(f"starts is {starts}; expected at least 1")
-    tree = model.tree
-    q = tree.q_canonical if q_init is None else torch.as_tensor(q_init)
-    if q.dim() not in (1, 2) or not len(q):
-        raise InputError(f"q_init has shape {tuple(q.shape)}; expected ({tree.dof},) or (starts, {tree.dof})")
-    q = q.float()
-    tree.coordinates(q)  # raises on a wrong size or NaN
-    if q.dim() == 1 and q_init is None:
-        q = q[None]
-    elif q.dim() == 1:
-        noise = torch.rand(SCREENED if starts > 1 else 1, tree.dof, generator=torch.Generator().manual_seed(seed))
-        noise = 2.0 * noise - 1.0
-        noise[0] = 0.0
-        q = q + noise * START_SPREAD_RAD * torch.minimum(0.5 * (tree.q_upper - tree.q_lower), torch.tensor(1.0)).float()
-    T = observation.camera.T_cam_world.expand(len(q), -1, 4, 4)
-    return Configurations(tree, tree.clamp(q), T, camera_free)
+    attempts = GLOBAL_ATTEMPTS if q_init is None else NEAR_ATTEMPTS
+    if starts is not None:
+        return [replace(attempts[0], starts=starts)]
+    if q_init is not None and torch.as_tensor(q_init).dim() > 1:
+        return [attempts[0]]
+    return list(attempts)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is known when a fit begins: the model, the pictures, and first guesses of joints and cameras, or none."""
+
+    model: SelfModel
+    observation: Observation
+    q_init: Float[Tensor, "*starts dof"] | None
+    seed: int
+    camera_free: bool
+    camera_known: bool
+
+    def starts(self, attempt: Attempt, number: int, objective: PhotometricObjective) -> Configurations:
+        """The configurations that least squares begins with."""
+        state = self.first_generation(attempt, number)
+        if len(state.q) <= attempt.starts:
+            return state
+        if not attempt.rounds:
+            return screened(objective, state, attempt.starts)
+        return search(objective, state, attempt.starts, self._generator(number, 1), self._boxes, attempt.rounds)
+
+    def first_generation(self, attempt: Attempt, number: int) -> Configurations:
+        """The guess first, where there is one, then random configurations and cameras around it, or from everywhere.
+
+        Raises:
+            InputError: `q_init` has the wrong size or holds NaN.
+        """
+        generator, boxes = self._generator(number, 0), self._boxes
+        q = self._joints(attempt, generator)
+        T = self.observation.camera.T_cam_world.expand(len(q), -1, 4, 4)
+        if not self.camera_free or (len(q) == 1 and self.camera_known):
+            return Configurations(self.model.tree, q, T, self.camera_free)
+        if self.camera_known:
+            turn = CAMERA_SPREAD_RAD * (2.0 * torch.rand(*T.shape[:2], 3, generator=generator) - 1.0)
+            turn[0] = 0.0
+            moved = exp_twist(torch.cat([torch.zeros_like(turn), turn], dim=-1)) @ T
+            if boxes is not None:
+                moved[1:] = boxes.aligned(q, moved)[1:]
+        else:
+            views = T.shape[1]
+            moved = random_views(len(q) * views, generator).view(len(q), views, 4, 4)
+            moved = boxes.aligned(q, moved) if boxes is not None else moved
+        return Configurations(self.model.tree, q, moved, True)
+
+    def _joints(self, attempt: Attempt, generator: torch.Generator) -> Float[Tensor, "n dof"]:
+        tree = self.model.tree
+        q = (tree.q_canonical if self.q_init is None else torch.as_tensor(self.q_init)).float()
+        if q.dim() not in (1, 2) or not len(q):
+            raise InputError(f"q_init has shape {tuple(q.shape)}; expected ({tree.dof},) or (starts, {tree.dof})")
+        tree.coordinates(q)  # raises on a wrong size or NaN
+        if q.dim() == 2:
+            return tree.clamp(q)
+        share = torch.rand(attempt.drawn if attempt.starts > 1 else 1, tree.dof, generator=generator)
+        if self.q_init is None:
+            lower, upper = one_turn(tree)
+            draws = lower + (upper - lower) * share
+        else:
+            draws = q + (2.0 * share - 1.0) * START_SPREAD_RAD * joint_scale(tree)
+        draws[0] = q
+        return tree.clamp(draws)
+
+    @functools.cached_property
+    def _boxes(self) -> MaskBoxes | None:
+        """Where free cameras stand; None where they are known, or guessed and a mask touches the border."""
+        if not self.camera_free:
+            return None
+        border = [self.observation.silhouette()[:, edge] for edge in (0, -1)]
+        border += [self.observation.silhouette()[:, :, edge] for edge in (0, -1)]
+        if self.camera_known and any(bool((line > 0.5).any()) for line in border):
+            return None
+        return MaskBoxes.of(self.model, self.observation)
+
+    def _generator(self, number: int, purpose: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed + 7_919 * (2 * number + purpose))
 
 
 def screened(objective: PhotometricObjective, state: Configurations, count: int) -> Configurations:
     """The first configuration and the best of the others by their loss, `count` in all."""
-    if len(state.q) <= count:
-        return state
-    chunks = torch.arange(len(state.q)).split(SCREEN_CHUNK)
+    chunks = torch.arange(len(state.q)).split(CHUNK)
     losses = torch.cat([objective.residuals(state.select(c)).square().sum(dim=1) for c in chunks])
     losses[0] = -1.0
     return state.select(losses.argsort()[:count])
 
 
-def survivors(solution: Solution[Configurations], count: int) -> Integer[Tensor, " kept"]:
-    """Indices of the `count` best distinct configurations of a level (all distinct ones when there are fewer)."""
-    kept: list[int] = []
-    for i in solution.linearization.loss.argsort().tolist():
-        if all((solution.state.q[j] - solution.state.q[i]).abs().max() > DISTINCT_RAD / 4 for j in kept):
-            kept.append(i)
-    return torch.tensor(kept[:count])
+def _checked_camera(camera: Camera | None, K: Tensor | None, images: ImageLike, free: bool) -> Camera:
+    if camera is not None:
+        return camera if K is None else replace(camera, K=K)
+    if K is None or not free:
+        raise InputError(
+            "camera is None; give the camera, or a first guess of it with optimize_camera=True, or K with "
+            "optimize_camera=True where nothing else is known"
+        )
+    views, height, width = image_shape(images)
+    return Camera(torch.as_tensor(K).float().expand(views, 3, 3), torch.eye(4).expand(views, 4, 4), width, height)
 
 
-def _checked_camera(camera: Camera | None, K: Tensor | None) -> Camera:
-    if camera is None:
-        raise InputError("camera is None; give the camera, or a first guess of it with optimize_camera=True")
-    return camera if K is None else replace(camera, K=K)
-
-
-def _result(
-    objective: PhotometricObjective,
-    camera: Camera,
-    solutions: list[Solution[Configurations]],
-    parents: list[Tensor],
-    seconds: float,
-) -> FitResult:
-    last, seen = solutions[-1], objective.observation
-    hypotheses = distinct_hypotheses(last, camera)
-    best = int(last.linearization.loss.argmin())
-    losses, path, level_starts = winning_path(solutions, parents, best)
+def _result(objective: PhotometricObjective, camera: Camera, found: list[Refinement], seconds: float) -> FitResult:
+    hypotheses, seen = distinct_hypotheses([f.last for f in found], camera), objective.observation
+    winner = min(found, key=lambda f: f.last.linearization.loss.min().item())
+    losses, path, level_starts = winner.winning_path()
+    last = winner.last
     names = list(objective.model.tree.joint_names)
     if last.state.camera_free:
         names += [f"camera{v}.{axis}" for v in range(len(seen.rgb)) for axis in ("vx", "vy", "vz", "wx", "wy", "wz")]
-    hessian = last.linearization.hessian[best]
+    hessian = last.linearization.hessian[last.linearization.loss.argmin()]
+    evidence = evidence_of(objective, hypotheses, found)
     return FitResult(
         q=hypotheses[0].q,
         camera=hypotheses[0].camera,
@@ -224,39 +265,23 @@ def _result(
         covariance=covariance_of(hessian, hypotheses[0].loss, objective.residual_count),
         variable_names=tuple(names),
         hypotheses=hypotheses,
-        verdict=_verdict(objective, hypotheses),
+        verdict=verdict(evidence),
         seconds=seconds,
+        evidence=evidence,
     )
 
 
-def distinct_hypotheses(solution: Solution[Configurations], camera: Camera) -> tuple[Hypothesis, ...]:
-    """The end points that differ by more than 0.1 rad (m) in some joint, best first."""
-    found: list[Hypothesis] = []
-    for i in solution.linearization.loss.argsort().tolist():
-        q = solution.state.q[i]
-        if all((h.q - q).abs().max() > DISTINCT_RAD for h in found):
-            view = replace(camera, T_cam_world=solution.state.T_cam_world[i])
-            view = view if len(camera.K) > 1 else replace(view, K=view.K[0], T_cam_world=view.T_cam_world[0])
-            found.append(Hypothesis(q, view, solution.linearization.loss[i].item()))
-    return tuple(found)
-
-
-def winning_path(
-    solutions: list[Solution[Configurations]], parents: list[Tensor], best: int
-) -> tuple[tuple[float, ...], Float[Tensor, "iterations dof"], tuple[int, ...]]:
-    """Losses and configurations of the start that won, over all levels, and where each level begins."""
-    index, losses, path = best, [], []
-    for level in reversed(range(len(solutions))):
-        losses.insert(0, solutions[level].losses[:, index])
-        path.insert(0, torch.stack([state.q[index] for state in solutions[level].path]))
-        index = int(parents[level - 1][index]) if level else index
-    lengths = torch.tensor([0, *[len(level) for level in losses[:-1]]]).cumsum(0)
-    return tuple(torch.cat(losses).tolist()), torch.cat(path), tuple(lengths.tolist())
-
-
-def _verdict(objective: PhotometricObjective, hypotheses: tuple[Hypothesis, ...]) -> str:
-    if hypotheses[0].loss > UNEXPLAINED_FAILURE * objective.empty_loss:
-        return "failed"
-    if len(hypotheses) > 1 and hypotheses[1].loss < AMBIGUOUS_RATIO * hypotheses[0].loss:
-        return "ambiguous"
-    return "converged"
+def distinct_hypotheses(solutions: list[Solution[Configurations]], camera: Camera) -> tuple[Hypothesis, ...]:
+    """The end points that differ by more than 0.1 rad (m) in some joint or camera direction, best first."""
+    pool = functools.reduce(joined, [s.state for s in solutions])
+    losses = torch.cat([s.linearization.loss for s in solutions])
+    found: list[int] = []
+    for i in losses.argsort().tolist():
+        if all(not same_place(pool, i, j, DISTINCT_RAD) for j in found):
+            found.append(i)
+    hypotheses = []
+    for i in found:
+        view = replace(camera, T_cam_world=pool.T_cam_world[i])
+        view = view if len(camera.K) > 1 else replace(view, K=view.K[0], T_cam_world=view.T_cam_world[0])
+        hypotheses.append(Hypothesis(pool.q[i], view, losses[i].item()))
+    return tuple(hypotheses)

@@ -1,7 +1,8 @@
 """What a fit returns: the answer, how sure it is, and what else it could have been."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class FitResult:
         verdict: ``converged``, ``ambiguous`` (another hypothesis fits nearly as well) or ``failed`` (residual too
             large).
         seconds: wall time.
+        evidence: figures that the verdict rests on.
     """
 
     q: Float[Tensor, " dof"]
@@ -52,6 +54,7 @@ class FitResult:
     hypotheses: tuple[Hypothesis, ...]
     verdict: str
     seconds: float
+    evidence: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:

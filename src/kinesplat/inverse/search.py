@@ -13,15 +13,20 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from kinesplat.inverse.alignment import MaskBoxes
+from kinesplat.inverse.levenberg_marquardt import levenberg_marquardt
 from kinesplat.inverse.objective import Configurations, PhotometricObjective
 from kinesplat.kinematics import KinematicTree
+from kinesplat.twists import exp_twist
 
-FIRST_DRAW = 4_096
 POPULATION = 128
 CHILDREN = 2_048
 ROUNDS = ((0.8, 1.5), (0.6, 1.5), (0.5, 1.2), (0.4, 0.9), (0.3, 0.75), (0.25, 0.6), (0.2, 0.45), (0.15, 0.3))
 MOVED_SHARE = 0.4
 ALIAS_SHARE = 0.2
+HELD_SHARE = 0.5
+TURN_SHARE = 0.3
+SHARPENING = 3
 CHUNK = 256
 
 
@@ -79,60 +84,116 @@ def joint_scale(tree: KinematicTree) -> Float[Tensor, " dof"]:
 
 
 def search(
-    objective: PhotometricObjective, start: Configurations, count: int, generator: torch.Generator
+    objective: PhotometricObjective,
+    population: Configurations,
+    count: int,
+    generator: torch.Generator,
+    boxes: MaskBoxes | None = None,
+    rounds: tuple[tuple[float, float], ...] = ROUNDS,
 ) -> Configurations:
     """The best distinct configurations of a population that evolves within the joint limits.
 
+    Every round keeps the best distinct members, sharpens them by a few steps of least squares and adds their children.
+
     Args:
         objective: at the size at which to search; a few seconds at 32 px with a thousand splats.
-        start: one configuration, which is a member of the first generation, and whose cameras are used.
+        population: the first generation; where its cameras are free, they are searched as well.
         count: how many to return at most.
         generator: source of randomness.
+        boxes: of the masks, for free cameras: every camera is moved so that the robot fills them.
+        rounds: length of the random steps (in units of `joint_scale`) and blur [px] of every round.
     """
-    tree, moves = start.tree, AliasMoves.of(start.tree)
-    q = moves.lower + (moves.upper - moves.lower) * torch.rand(FIRST_DRAW, tree.dof, generator=generator)
-    q[0] = start.q[0]
-    losses = blurred_losses(objective, start, q, ROUNDS[0][1])
-    kept = best_distinct(q, losses, POPULATION, 0.3 * joint_scale(tree))
-    q = q[kept]
-    for step, blur_px in ROUNDS:
-        q = torch.cat([q, children(q, tree, moves, step, generator)])
-        losses = blurred_losses(objective, start, q, blur_px)
-        kept = best_distinct(q, losses, POPULATION, 0.5 * step * joint_scale(tree))
-        q = q[kept]
-    return _with_q(start, q[:count])
+    moves = AliasMoves.of(population.tree)
+    population = _kept(objective, population, rounds[0][1], 0.6 * rounds[0][0])
+    for step, blur_px in rounds:
+        young = children(population, moves, step, generator, boxes)
+        population = _kept(objective, joined(population, young), blur_px, 0.5 * step)
+    return population.select(torch.arange(min(count, len(population.q))))
 
 
-def with_aliases(objective: PhotometricObjective, state: Configurations, count: int) -> Configurations:
-    """The given configurations and the most promising of their aliases, `count` in all."""
-    aliases = state.tree.clamp(AliasMoves.of(state.tree).apply_all(state.q))
-    if not len(aliases):
-        return state
-    losses = blurred_losses(objective, state, aliases, 1.0)
-    best = losses.argsort()[: max(0, count - len(state.q))]
-    return _with_q(state, torch.cat([state.q, aliases[best]]))
+def _kept(objective: PhotometricObjective, all_: Configurations, blur_px: float, apart: float) -> Configurations:
+    """The best distinct ones of a generation, after a few steps of least squares."""
+    losses = blurred_losses(objective, all_, blur_px)
+    best = all_.select(best_distinct(all_, losses, POPULATION, apart))
+    return levenberg_marquardt(objective.linearize, best, iterations=SHARPENING).state
+
+
+def joined(a: Configurations, b: Configurations) -> Configurations:
+    """One batch of two."""
+    return replace(a, q=torch.cat([a.q, b.q]), T_cam_world=torch.cat([a.T_cam_world, b.T_cam_world]))
+
+
+def with_aliases(
+    objective: PhotometricObjective, state: Configurations, count: int
+) -> tuple[Configurations, Integer[Tensor, " all"]]:
+    """The given configurations and the most promising of their aliases, `count` in all; and of which each comes.
+
+    A free camera stays, or turns along so that the last link stays where it was in the picture.
+    """
+    moves, itself = AliasMoves.of(state.tree), torch.arange(len(state.q))
+    q = state.tree.clamp(moves.apply_all(state.q))
+    if not len(q):
+        return state, itself
+    of = itself.repeat_interleave(len(moves.sign))
+    aliases = replace(state, q=q, T_cam_world=state.T_cam_world[of])
+    if state.camera_free:
+        tip = torch.full((len(q),), len(state.tree.link_names) - 1)
+        held = aliases.T_cam_world @ follow(state.tree, state.q[of], q, tip)
+        aliases, of = joined(aliases, replace(aliases, T_cam_world=held)), of.repeat(2)
+    best = blurred_losses(objective, aliases, 1.0).argsort()[: max(0, count - len(state.q))]
+    return joined(state, aliases.select(best)), torch.cat([itself, of[best]])
+
+
+def follow(
+    tree: KinematicTree, before: Float[Tensor, "n dof"], after: Float[Tensor, "n dof"], link: Integer[Tensor, " n"]
+) -> Float[Tensor, "n 1 4 4"]:
+    """What `T_cam_world` is multiplied with on the right so that a link stays in place while q changes."""
+    rows = torch.arange(len(link))
+    old, new = (tree.forward_kinematics(q)[rows, link] for q in (before, after))
+    return (old @ torch.linalg.inv(new))[:, None]
 
 
 def children(
-    q: Float[Tensor, "n dof"], tree: KinematicTree, moves: AliasMoves, step: float, generator: torch.Generator
-) -> Float[Tensor, "m dof"]:
-    """Random variations: some joints of a parent moved by `step` (in units of `joint_scale`), or one alias move."""
-    parents = q[torch.arange(CHILDREN) % len(q)]
-    moved = (torch.rand(parents.shape, generator=generator) < MOVED_SHARE).float()
-    steps = moved * torch.randn(parents.shape, generator=generator) * step * joint_scale(tree)
-    if not len(moves.sign):
-        return tree.clamp(parents + steps)
-    turned = moves.apply(parents, torch.randint(len(moves.sign), (CHILDREN,), generator=generator))
-    aliased = torch.rand(CHILDREN, 1, generator=generator) < ALIAS_SHARE
-    return tree.clamp(torch.where(aliased, turned, parents + steps))
+    parents: Configurations,
+    moves: AliasMoves,
+    step: float,
+    generator: torch.Generator,
+    boxes: MaskBoxes | None = None,
+) -> Configurations:
+    """Random variations: some joints of a parent moved by `step` (in units of `joint_scale`), or one alias move.
+
+    A free camera turns along, half of the times so that some link (not the base) stays where it was in the picture.
+    """
+    tree = parents.tree
+    parents = parents.select(torch.arange(CHILDREN) % len(parents.q))
+    moved = (torch.rand(parents.q.shape, generator=generator) < MOVED_SHARE).float()
+    q = parents.q + moved * torch.randn(parents.q.shape, generator=generator) * step * joint_scale(tree)
+    if len(moves.sign):
+        turned = moves.apply(parents.q, torch.randint(len(moves.sign), (CHILDREN,), generator=generator))
+        q = torch.where(torch.rand(CHILDREN, 1, generator=generator) < ALIAS_SHARE, turned, q)
+    q = tree.clamp(q)
+    if not parents.camera_free:
+        return replace(parents, q=q)
+    link = torch.randint(len(tree.link_names), (CHILDREN,), generator=generator)
+    held = torch.rand(CHILDREN, generator=generator) < HELD_SHARE
+    shift = torch.where(held[:, None, None, None], follow(tree, parents.q, q, link), torch.eye(4))
+    turn = torch.randn(*parents.T_cam_world.shape[:2], 6, generator=generator) * torch.tensor([0.0] * 3 + [1.0] * 3)
+    T = exp_twist(TURN_SHARE * step * turn) @ parents.T_cam_world @ shift
+    return replace(parents, q=q, T_cam_world=T if boxes is None else boxes.aligned(q, T))
 
 
 def best_distinct(
-    q: Float[Tensor, "n dof"], losses: Float[Tensor, " n"], count: int, apart: Float[Tensor, " dof"]
+    state: Configurations, losses: Float[Tensor, " n"], count: int, apart: float
 ) -> Integer[Tensor, " kept"]:
-    """Indices of the `count` lowest losses, best first, each `apart` from all better ones in some joint."""
+    """Indices of the `count` lowest losses, best first, each `apart` from all better ones in some joint or direction.
+
+    `apart` is in units of `joint_scale`, and in rad for the directions of free cameras.
+    """
     order = losses.argsort()[: 4 * count]
-    far = ((q[order][:, None] - q[order]).abs() > apart).any(dim=-1)
+    places = state.q[order] / joint_scale(state.tree)
+    if state.camera_free:
+        places = torch.cat([places, state.T_cam_world[order, :, :3, :3].flatten(1)], dim=1)
+    far = torch.cdist(places, places, p=math.inf) > apart
     alive: Bool[Tensor, " n"] = torch.ones(len(order), dtype=torch.bool)
     kept: list[int] = []
     for i in range(len(order)):
@@ -142,13 +203,11 @@ def best_distinct(
     return order[kept]
 
 
-def blurred_losses(
-    objective: PhotometricObjective, like: Configurations, q: Float[Tensor, "n dof"], blur_px: float
-) -> Float[Tensor, " n"]:
+def blurred_losses(objective: PhotometricObjective, state: Configurations, blur_px: float) -> Float[Tensor, " n"]:
     """Loss of every configuration after blurring the difference images with a Gaussian of `blur_px`."""
     parts = []
-    for chunk in q.split(CHUNK):
-        difference = objective.difference(_with_q(like, chunk))
+    for chunk in torch.arange(len(state.q)).split(CHUNK):
+        difference = objective.difference(state.select(chunk))
         parts.append(blurred(difference, blur_px).square().sum(dim=-1).mean(dim=(1, 2, 3)))
     return torch.cat(parts)
 
@@ -157,15 +216,15 @@ def blurred(
     images: Float[Tensor, "n views height width c"], sigma_px: float
 ) -> Float[Tensor, "n views height width c"]:
     """Images convolved with a Gaussian, zero beyond the border."""
+    across, down = (_gaussian_rows(size, sigma_px).to(images) for size in (images.shape[3], images.shape[2]))
+    planes = images.permute(0, 1, 4, 2, 3)
+    return (down @ planes @ across.mT).permute(0, 1, 3, 4, 2)
+
+
+def _gaussian_rows(size: int, sigma_px: float) -> Float[Tensor, "size size"]:
+    """Row i holds the weights of all pixels of a line in the blurred pixel i: small images blur fastest by matrices."""
     radius = max(1, math.ceil(2.5 * sigma_px))
     kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma_px) ** 2)
-    kernel = (kernel / kernel.sum()).to(images)
-    planes = images.permute(0, 1, 4, 2, 3)
-    flat = planes.reshape(-1, 1, *planes.shape[-2:])
-    flat = torch.nn.functional.conv2d(flat, kernel.view(1, 1, 1, -1), padding=(0, radius))
-    flat = torch.nn.functional.conv2d(flat, kernel.view(1, 1, -1, 1), padding=(radius, 0))
-    return flat.reshape(planes.shape).permute(0, 1, 3, 4, 2)
-
-
-def _with_q(like: Configurations, q: Float[Tensor, "n dof"]) -> Configurations:
-    return replace(like, q=q, T_cam_world=like.T_cam_world[:1].expand(len(q), -1, 4, 4))
+    away = torch.arange(size)[:, None] - torch.arange(size)
+    rows = torch.exp(-0.5 * (away / sigma_px) ** 2) / kernel.sum()
+    return torch.where(away.abs() <= radius, rows, 0.0)

@@ -147,6 +147,7 @@ def test_bad_usage_and_input_end_with_status_2_and_leave_nothing(
         (("render", "kinearm", "-o", "x.png", "--size", "0"), "image size"),
         (("render", "kinearm", "-o", "x.png", "--seed", "-1"), "--seed -1"),
         (("reconstruct", "kinearm", "--camera", camera, "-o", "x"), "no picture"),
+        (("reconstruct", "kinearm", picture, "-o", "x"), "--intrinsics"),
         (("build", "no_such_robot_at_all", "-o", "x.safetensors"), "no_such_robot_at_all"),
         (("build", tmp_path / "bad.xml", "-o", "x.safetensors"), "bad.xml"),
         (("build", tmp_path / "none.xml", "-o", "x.safetensors"), "none.xml"),

@@ -8,8 +8,15 @@ import torch
 
 from kinesplat.camera import Camera
 from kinesplat.inverse import reconstruct
-from kinesplat.inverse.search import AliasMoves, best_distinct, blurred, children, one_turn
+from kinesplat.inverse.objective import Configurations
+from kinesplat.inverse.search import AliasMoves, best_distinct, blurred, children, follow, joint_scale, one_turn
+from kinesplat.kinematics import KinematicTree
 from kinesplat.self_model import SelfModel
+from kinesplat.twists import exp_twist
+
+
+def states(tree: KinematicTree, q: torch.Tensor, camera_free: bool = False) -> Configurations:
+    return Configurations(tree, q, torch.eye(4).expand(len(q), 1, 4, 4), camera_free)
 
 
 def test_alias_moves_are_half_turns_and_mirrored_triples(kinearm: SelfModel) -> None:
@@ -44,7 +51,7 @@ def test_the_search_range_is_one_turn_within_the_limits(kinearm: SelfModel) -> N
 def test_children_stay_within_the_limits_and_keep_some_joints(kinearm: SelfModel) -> None:
     tree = kinearm.tree
     q = tree.clamp(tree.q_canonical.float() + 0.5 * torch.randn(10, tree.dof))
-    young = children(q, tree, AliasMoves.of(tree), 0.5, torch.Generator().manual_seed(0))
+    young = children(states(tree, q), AliasMoves.of(tree), 0.5, torch.Generator().manual_seed(0)).q
     assert (young >= tree.q_lower - 1e-5).all()
     assert (young <= tree.q_upper + 1e-5).all()
     same = (young == q[torch.arange(len(young)) % 10]).float().mean()
@@ -55,21 +62,42 @@ def test_robots_without_hinges_have_no_aliases_and_are_searched_all_the_same(kin
     slides = replace(kinearm.tree, joint_types=("slide",) * kinearm.tree.dof)
     moves = AliasMoves.of(slides)
     assert moves.apply_all(slides.q_canonical.float()[None]).shape == (0, slides.dof)
-    young = children(slides.q_canonical.float()[None], slides, moves, 0.5, torch.Generator().manual_seed(0))
+    start = states(slides, slides.q_canonical.float()[None])
+    young = children(start, moves, 0.5, torch.Generator().manual_seed(0)).q
     assert (young != slides.q_canonical.float()).any()
 
 
-def test_best_distinct_keeps_the_best_of_every_cluster() -> None:
-    centres = torch.randn(5, 3) * 10
-    q = (centres[:, None] + 0.01 * torch.randn(5, 40, 3)).flatten(0, 1)
+def test_best_distinct_keeps_the_best_of_every_cluster(kinearm: SelfModel) -> None:
+    centres = torch.randn(5, kinearm.tree.dof) * 10
+    q = (centres[:, None] + 0.001 * torch.randn(5, 40, kinearm.tree.dof)).flatten(0, 1)
     losses = torch.rand(200)
-    kept = best_distinct(q, losses, 50, torch.full((3,), 0.5))
+    kept = best_distinct(states(kinearm.tree, q), losses, 50, 0.5)
     assert (losses[kept].diff() >= 0).all()
     assert kept[0] == losses.argmin()
     assert len(kept) == 5
     for cluster in kept // 40:
         members = slice(int(cluster) * 40, int(cluster) * 40 + 40)
         assert losses[members].min() == losses[kept[kept // 40 == cluster]].item()
+
+
+def test_directions_of_free_cameras_are_told_apart(kinearm: SelfModel) -> None:
+    tree = kinearm.tree
+    q = tree.q_canonical.float().repeat(2, 1)
+    turned = exp_twist(torch.tensor([[0.0] * 6, [0.0, 0.0, 0.0, 0.0, 0.7, 0.0]]))[:, None]
+    for free, count in ((False, 1), (True, 2)):
+        both = Configurations(tree, q, turned, free)
+        assert len(best_distinct(both, torch.tensor([1.0, 2.0]), 2, 0.3)) == count
+
+
+def test_a_camera_that_follows_a_link_sees_it_where_it_was(kinearm: SelfModel) -> None:
+    tree = kinearm.tree
+    before = tree.q_canonical.float().repeat(6, 1)
+    after = tree.clamp(before + 0.4 * torch.randn_like(before) * joint_scale(tree))
+    link = torch.randint(len(tree.link_names), (6,))
+    shift = follow(tree, before, after, link)[:, 0]
+    rows = torch.arange(6)
+    seen = (shift @ tree.forward_kinematics(after)[rows, link], tree.forward_kinematics(before)[rows, link])
+    torch.testing.assert_close(*seen, atol=1e-5, rtol=0)
 
 
 def test_blurring_keeps_the_sum_and_spreads_a_point_as_a_gaussian() -> None:

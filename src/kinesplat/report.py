@@ -120,7 +120,9 @@ def _write_film(model: SelfModel, image: Picture, camera: Camera, fit: FitResult
     return write_gif(path, [_film_frame(model, small, camera, q) for q in fit.q_history[picked]], FILM_SECONDS)
 
 
-def _film_frame(model: SelfModel, image: Picture, camera: Camera, q: Float[Tensor, " dof"]) -> Picture:
+def _film_frame(
+    model: SelfModel, image: Picture, camera: Camera, q: Float[Tensor, " dof"]
+) -> Float[Tensor, "height both 3"]:
     out = model.render(q, camera)
     assert out.rgb is not None
     assert out.alpha is not None

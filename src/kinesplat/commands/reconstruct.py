@@ -31,7 +31,8 @@ from kinesplat.report import write_fit_pictures
 def reconstruct(
     model: Model,
     images: Annotated[tuple[Path, ...], tyro.conf.Positional],
-    camera: Path,
+    camera: Path | None = None,
+    intrinsics: tuple[float, float, float, float] | None = None,
     mask: tuple[Path, ...] = (),
     q_init: tuple[float, ...] | None = None,
     optimize_camera: bool = False,
@@ -49,6 +50,7 @@ def reconstruct(
         model: model file, or the name of a packaged model.
         images: picture files.
         camera: JSON file with K, T_cam_world, width, height, or a list of such, one per picture.
+        intrinsics: FX FY CX CY [px] where no more is known of the camera: joints and camera are searched together.
         mask: one mask per picture, white on the robot; without masks the background must be of one colour.
         q_init: joint values to start from, right within about 0.3 rad; default: search all configurations.
         optimize_camera: also move the camera, starting from the given one.
@@ -60,15 +62,18 @@ def reconstruct(
     loaded = load_model(model)
     if not images:
         raise InputError("no picture given: kinesplat reconstruct MODEL IMAGE... --camera FILE")
+    if (camera is None) == (intrinsics is None):
+        raise InputError("give either --camera FILE, or --intrinsics FX FY CX CY where nothing else is known")
     pictures = torch.stack(same_size([read_image(p) for p in images], images))
     masks = torch.stack(same_size([read_mask(p) for p in mask], mask)) if mask else None
     make_folder(output)
     fit = reconstruct_q(
         loaded,
         pictures,
-        Camera.from_json(camera),
+        None if camera is None else Camera.from_json(camera),
+        K=None if intrinsics is None else matrix_of(*intrinsics),
         masks=masks,
-        optimize_camera=optimize_camera,
+        optimize_camera=optimize_camera or camera is None,
         starts=starts,
         colour_weight=colour_weight,
         q_init=None if q_init is None else torch.tensor(q_init),
@@ -83,3 +88,8 @@ def reconstruct(
     write_json(common.json, fit.to_json())
     if fit.verdict == "failed":
         sys.exit(EXIT_FAILED)
+
+
+def matrix_of(fx: float, fy: float, cx: float, cy: float) -> torch.Tensor:
+    """``(3, 3)`` intrinsics [px]."""
+    return torch.tensor([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]])

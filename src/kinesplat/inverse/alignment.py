@@ -13,7 +13,7 @@ from kinesplat.self_model import SelfModel
 
 EXTREMES = 26
 STEPS = 4
-NEAREST_M = 0.05
+CLEARANCE = 0.2
 UPRIGHT_SHARE = 0.75
 UPRIGHT_ROLL_RAD = 0.15
 LOWEST_RAD, HIGHEST_RAD = -0.35, 1.4
@@ -52,7 +52,8 @@ class MaskBoxes:
     ) -> Float[Tensor, "n views 4 4"]:
         """The cameras moved, not turned, so that the points' bounding boxes have the masks' centre and diagonal.
 
-        A fixed point: the distance that gives the diagonal, then the shift that gives the centre.
+        A fixed point: the distance that gives the diagonal, then the shift that gives the centre. The camera keeps a
+        distance of a fifth of the robot's width.
         """
         T = T_cam_world.clone()
         T[..., :3, 3] = 0.0
@@ -63,12 +64,14 @@ class MaskBoxes:
         p = p - middle[..., None]
         size = (self.boxes[:, 2:] - self.boxes[:, :2]).norm(dim=-1)
         centre = 0.5 * (self.boxes[:, :2] + self.boxes[:, 2:])
-        z = (high - low)[..., :2].norm(dim=-1) / size
+        across = (high - low)[..., :2].norm(dim=-1)
+        nearest = CLEARANCE * across - p[..., 2, :].amin(dim=-1)
+        z = torch.maximum(across / size, nearest)
         xy = centre * z[..., None]
         for _ in range(STEPS):
-            image = (p[..., :2, :] + xy[..., None]) / (p[..., 2, :] + z[..., None]).clamp(min=NEAREST_M)[..., None, :]
+            image = (p[..., :2, :] + xy[..., None]) / (p[..., 2, :] + z[..., None])[..., None, :]
             seen_low, seen_high = image.amin(dim=-1), image.amax(dim=-1)
-            grown = z * (seen_high - seen_low).norm(dim=-1) / size
+            grown = torch.maximum(z * (seen_high - seen_low).norm(dim=-1) / size, nearest)
             xy = xy * (grown / z)[..., None] + (centre - 0.5 * (seen_low + seen_high)) * grown[..., None]
             z = grown
         T[..., :3, 3] = torch.cat([xy, z[..., None]], dim=-1) - middle

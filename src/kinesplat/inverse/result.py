@@ -94,6 +94,7 @@ class FitResult:
             "covariance": covariance,
             "weak_variables": list(self.weak_variables),
             "hypotheses": [{"q": h.q.tolist(), "camera": h.camera.to_json(), "loss": h.loss} for h in self.hypotheses],
+            "evidence": dict(self.evidence),
             "iterations": len(self.loss_history),
             "seconds": self.seconds,
         }

@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from kinesplat.camera import Camera
     from kinesplat.description import Robot, load_description
     from kinesplat.gaussians import Gaussians, Parameters
-    from kinesplat.inverse import FitResult, reconstruct
+    from kinesplat.inverse import CalibrationResult, FitResult, calibrate, reconstruct
     from kinesplat.kinematics import KinematicTree
     from kinesplat.rasterizer import Render, rasterize, rasterize_links
     from kinesplat.self_model import SelfModel
 
 __version__ = "0.1.0"
 __all__ = [
+    "CalibrationResult",
     "Camera",
     "FitResult",
     "Gaussians",
@@ -26,6 +27,7 @@ __all__ = [
     "Render",
     "Robot",
     "SelfModel",
+    "calibrate",
     "errors",
     "load_description",
     "rasterize",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "CalibrationResult": "inverse",
     "Camera": "camera",
     "FitResult": "inverse",
     "Gaussians": "gaussians",
@@ -43,6 +46,7 @@ _HOME = {
     "Render": "rasterizer",
     "Robot": "description",
     "SelfModel": "self_model",
+    "calibrate": "inverse",
     "load_description": "description",
     "rasterize": "rasterizer",
     "rasterize_links": "rasterizer",

@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from kinesplat.commands.calibrate import calibrate
 from kinesplat.commands.common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, err
 from kinesplat.commands.dataset import dataset
 from kinesplat.commands.evaluate import evaluate
@@ -18,7 +19,7 @@ from kinesplat.commands.self_models import build, inspect, models
 from kinesplat.commands.show import benchmark, demo
 from kinesplat.errors import KinesplatError
 
-COMMANDS = (demo, build, dataset, evaluate, inspect, models, render, reconstruct, benchmark)
+COMMANDS = (demo, build, dataset, evaluate, inspect, models, render, reconstruct, calibrate, benchmark)
 
 
 def program() -> tyro.extras.SubcommandApp:

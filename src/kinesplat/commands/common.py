@@ -99,7 +99,7 @@ def make_folder(path: Path) -> None:
         raise InputError(f"cannot create the folder {path}: {error.strerror}") from error
 
 
-def write_json(path: Path | None, data: dict[str, Any]) -> None:
+def write_json(path: Path | None, data: dict[str, Any] | list[dict[str, Any]]) -> None:
     """Write a result file whole, if one was asked for."""
     if path is not None:
         with written_whole(path) as temporary:

@@ -1,6 +1,8 @@
 """Inverse problems on a self-model: which configuration and camera explain these pixels?"""
 
+from kinesplat.inverse.calibrate import calibrate
+from kinesplat.inverse.calibration_result import CalibrationResult
 from kinesplat.inverse.reconstruct import reconstruct
 from kinesplat.inverse.result import FitResult, Hypothesis
 
-__all__ = ["FitResult", "Hypothesis", "reconstruct"]
+__all__ = ["CalibrationResult", "FitResult", "Hypothesis", "calibrate", "reconstruct"]

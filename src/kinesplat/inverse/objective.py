@@ -10,6 +10,7 @@ from torch import Tensor
 from kinesplat.camera import Camera
 from kinesplat.inverse.levenberg_marquardt import Linearization
 from kinesplat.inverse.observation import Observation
+from kinesplat.inverse.robust import geman_mcclure
 from kinesplat.kinematics import KinematicTree
 from kinesplat.rasterizer import normal_equations
 from kinesplat.self_model import SelfModel
@@ -72,12 +73,15 @@ class PhotometricObjective:
         observation: what was seen.
         colour_weight: weight of the squared RGB differences.
         alpha_weight: weight of the squared difference between alpha and mask; unused without masks.
+        robust: residual beyond which a pixel counts less (`geman_mcclure`), for things that hide the robot or that the
+            mask lacks; None: least squares. `linearize` alone knows it.
     """
 
     model: SelfModel
     observation: Observation
     colour_weight: float = 1.0
     alpha_weight: float = 1.0
+    robust: float | None = None
 
     @property
     def residual_count(self) -> int:
@@ -89,7 +93,7 @@ class PhotometricObjective:
     def empty_loss(self) -> float:
         """The loss of a picture without a robot: the yardstick for what a fit explains."""
         seen = self.observation
-        loss = self.colour_weight * ((seen.rgb - seen.background) ** 2).sum(dim=-1).mean()
+        loss = self.colour_weight * ((seen.rgb - seen.behind()) ** 2).sum(dim=-1).mean()
         if seen.mask is not None:
             loss = loss + self.alpha_weight * (seen.mask**2).mean()
         return loss.item()
@@ -98,10 +102,11 @@ class PhotometricObjective:
         """Weighted differences of RGB and, where there is a mask, alpha; squared and averaged they are the loss."""
         seen = self.observation
         camera = Camera(seen.camera.K, at.T_cam_world, seen.camera.width, seen.camera.height)
-        outputs = ("rgb",) if seen.mask is None else ("rgb", "alpha")
+        outputs = ("rgb",) if seen.mask is None and seen.backdrop is None else ("rgb", "alpha")
         out = self.model.render(at.q[:, None], camera, seen.background, outputs=outputs)
         assert out.rgb is not None
-        rgb = (out.rgb - seen.rgb) * math.sqrt(self.colour_weight)
+        rgb = over(out.rgb, out.alpha, seen)
+        rgb = (rgb - seen.rgb) * math.sqrt(self.colour_weight)
         if out.alpha is None or seen.mask is None:
             return rgb
         alpha = (out.alpha - seen.mask)[..., None] * math.sqrt(self.alpha_weight)
@@ -120,24 +125,42 @@ class PhotometricObjective:
             return self.linearize_by_differences(at)
         seen, splats, tree = self.observation, self.model.parameters.activate(), at.tree
         camera = Camera(seen.camera.K, at.T_cam_world, seen.camera.width, seen.camera.height)
+        loss, rgb_weight, alpha_weight = self._weights(at)
+        batch = rgb_weight.shape[:-2]  # a batch of its own where the loss is robust
         equations = normal_equations(
             splats,
             self.model.link_index,
             tree.forward_kinematics(at.q)[:, None],
             camera,
-            seen.rgb,
+            seen.rgb.expand(*batch, -1, -1, -1),
             alpha=seen.mask,
-            rgb_weight=torch.full_like(seen.rgb[..., 0], self.colour_weight),
-            alpha_weight=None if seen.mask is None else torch.full_like(seen.mask, self.alpha_weight),
+            rgb_weight=rgb_weight,
+            alpha_weight=alpha_weight,
             background=seen.background,
+            backdrop=seen.backdrop,
             eps2d=self.model.eps2d,
         ).contract(self._twists_per_variable(at))
         pixels = seen.rgb[..., 0].numel()
         return Linearization(
-            (equations.loss.sum(dim=1) / pixels).to(at.q.dtype),
+            (equations.loss.sum(dim=1) / pixels if loss is None else loss).to(at.q.dtype),
             (equations.gradient.sum(dim=1) / pixels).to(at.q.dtype),
             (equations.hessian.sum(dim=1) / pixels).to(at.q.dtype),
         )
+
+    def _weights(self, at: Configurations) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Robust loss, and the weights of every pixel's colour and alpha; without a robust loss None and constants."""
+        seen, weights = self.observation, (self.colour_weight, self.alpha_weight)
+        if self.robust is None:
+            mask = None if seen.mask is None else torch.full_like(seen.mask, weights[1])
+            return None, torch.full_like(seen.rgb[..., 0], weights[0]), mask
+        difference = self.difference(at)
+        squares = [difference[..., :3].square().sum(dim=-1) / weights[0], difference[..., 3:].square().sum(dim=-1)]
+        colour, share = geman_mcclure(squares[0], self.robust * math.sqrt(3.0))
+        loss = weights[0] * colour.mean(dim=(1, 2, 3))
+        if seen.mask is None:
+            return loss, weights[0] * share, None
+        shape, covered = geman_mcclure(squares[1] / weights[1], self.robust)
+        return loss + weights[1] * shape.mean(dim=(1, 2, 3)), weights[0] * share, weights[1] * covered
 
     def _twists_per_variable(self, at: Configurations) -> Float[Tensor, "batch views links6 p"]:
         """Camera-frame twist of every link for a unit of every variable, link by link along the third axis."""
@@ -163,6 +186,13 @@ class PhotometricObjective:
         residual, jacobian = stepped[:, -1], (stepped[:, :p] - stepped[:, p : 2 * p]) / (2.0 * h)
         gradient = (jacobian @ residual[..., None])[..., 0]
         return Linearization((residual**2).sum(dim=1), gradient, jacobian @ jacobian.mT)
+
+
+def over(rgb: Tensor, alpha: Tensor | None, seen: Observation) -> Tensor:
+    """Colours rendered over the plain background, over the backdrop instead, where there is one."""
+    if seen.backdrop is None or alpha is None:
+        return rgb
+    return rgb + (1.0 - alpha[..., None]) * (seen.backdrop - seen.background)
 
 
 def _unclamped_steps(at: Configurations, steps: Float[Tensor, "s p"]) -> Configurations:

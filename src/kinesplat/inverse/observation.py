@@ -28,15 +28,20 @@ class Observation:
         camera: batch ``(views,)``.
         background: ``(3,)`` colour behind the robot: that of the image borders, or white where they have none and a
             mask tells the robot apart. Pixels off the mask are set to it.
+        backdrop: ``(views, height, width, 3)`` what is behind the robot, pixel by pixel, in place of `background`; for
+            pictures without a mask.
     """
 
     rgb: Float[Tensor, "views height width 3"]
     mask: Float[Tensor, "views height width"] | None
     camera: Camera
     background: Float[Tensor, "3"]
+    backdrop: Float[Tensor, "views height width 3"] | None = None
 
     @classmethod
-    def create(cls, images: ImageLike, masks: ImageLike | None, camera: Camera) -> "Observation":
+    def create(
+        cls, images: ImageLike, masks: ImageLike | None, camera: Camera, backdrop: ImageLike | None = None
+    ) -> "Observation":
         """Check and convert what a user passes.
 
         Args:
@@ -44,6 +49,7 @@ class Observation:
                 rendered highlights up to 1.5 are cut off at 1.
             masks: the same without the last axis; bool, float in [0, 1] or uint8; or None.
             camera: one camera per view.
+            backdrop: the scene without the robot, one picture for all views or one each, instead of masks.
 
         Raises:
             InputError: wrong type, shape, range, NaN, or an image size that is not the camera's.
@@ -59,10 +65,16 @@ class Observation:
             raise InputError(
                 f"images are {rgb.shape[2]} x {rgb.shape[1]} px; the camera says {camera.width} x {camera.height}"
             )
+        if backdrop is not None:
+            if masks is not None:
+                raise InputError("masks and backdrop are both given; expected one of them")
+            return cls(rgb, None, camera, torch.ones(3), _backdrop(backdrop, rgb))
         if masks is None:
             plain = plain_background(rgb)
             if plain is None:
-                raise InputError("the image borders are not of one colour, so the background is not plain: give masks")
+                raise InputError(
+                    "the image borders are not of one colour, so the background is not plain: give masks or a backdrop"
+                )
             if (rgb - plain).abs().amax().item() < 0.05:
                 raise InputError("the images are of one colour: no robot to be seen")
             return cls(rgb, None, camera, plain)
@@ -89,10 +101,30 @@ class Observation:
             return self
         scale = long_side / max(height, width)
         size = max(1, round(height * scale)), max(1, round(width * scale))
-        shrink = torch.nn.functional.adaptive_avg_pool2d
-        rgb = shrink(self.rgb.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1).contiguous()
-        mask = None if self.mask is None else shrink(self.mask[:, None], size)[:, 0]
-        return type(self)(rgb, mask, self.camera.resized(size[1], size[0]), self.background)
+        mask = None if self.mask is None else torch.nn.functional.adaptive_avg_pool2d(self.mask[:, None], size)[:, 0]
+        backdrop = None if self.backdrop is None else shrunk(self.backdrop, *size)
+        camera = self.camera.resized(size[1], size[0])
+        return type(self)(shrunk(self.rgb, *size), mask, camera, self.background, backdrop)
+
+    def behind(self) -> Float[Tensor, "*shape 3"]:
+        """Colours where there is no robot: the backdrop, or the one background colour."""
+        return self.background if self.backdrop is None else self.backdrop
+
+
+def shrunk(rgb: Float[Tensor, "n height width 3"], height: int, width: int) -> Float[Tensor, "n h w 3"]:
+    """Pictures area-averaged to ``height x width`` pixels."""
+    planes = torch.nn.functional.adaptive_avg_pool2d(rgb.permute(0, 3, 1, 2), (height, width))
+    return planes.permute(0, 2, 3, 1).contiguous()
+
+
+def _backdrop(values: ImageLike, rgb: Float[Tensor, "views height width 3"]) -> Float[Tensor, "views height width 3"]:
+    backdrop = _as_float(values, "backdrop")
+    backdrop = backdrop[None] if backdrop.dim() == 3 else backdrop
+    if backdrop.shape[1:] != rgb.shape[1:] or len(backdrop) not in (1, len(rgb)):
+        raise InputError(
+            f"backdrop has shape {tuple(backdrop.shape)}; the images need {tuple(rgb.shape)}, or one for all"
+        )
+    return backdrop.expand(rgb.shape)
 
 
 def image_shape(images: ImageLike) -> tuple[int, int, int]:

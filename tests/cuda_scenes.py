@@ -4,6 +4,7 @@ Import this module before `kinesplat.rasterizer.cuda.*`: Triton looks at the var
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ class Inputs:
 
     def __init__(self, splats: Gaussians, Ts: Tensor, camera: Camera, background: Tensor, to: torch.dtype) -> None:
         device = DEVICE if to == torch.float32 else torch.device("cpu")
-        self.splats = in_dtype(splats.to(device=device), to)
+        self.splats = replace(in_dtype(splats.to(device=device), to), sh_direction=splats.sh_direction)
         self.Ts, self.T, self.K, self.background = (
             t.detach().to(device, to).clone().requires_grad_() for t in (Ts, camera.T_cam_world, camera.K, background)
         )

@@ -1,5 +1,6 @@
 """The CUDA backend against the float64 reference: on a GPU where there is one, else in Triton's interpreter."""
 
+from dataclasses import replace
 from importlib import util
 from typing import Any
 
@@ -52,6 +53,11 @@ def test_configurations_times_cameras_on_links() -> None:
     camera = Camera(cameras[0].K.expand(2, 3, 3), T, 20, 18)
     Ts = random_transforms(2, 1, 3)
     compare(splats, Ts, camera, torch.rand(2, 1, 3).double(), index, bounds=(1e-4, 1e-3))
+
+
+def test_harmonics_along_the_optical_axis() -> None:
+    splats, index = replace(random_gaussians(12), sh_direction="axis"), torch.randint(3, (12,))
+    compare(splats, random_transforms(3), look(16, 24), GREY, index, bounds=(1e-4, 1e-3))
 
 
 def test_poses_share_one_set_of_splats() -> None:

@@ -2,6 +2,7 @@
 place elsewhere."""
 
 import sys
+from dataclasses import replace
 
 import fake_gsplat
 import pytest
@@ -45,6 +46,12 @@ def test_configurations_times_cameras_on_links(version: str) -> None:
     background, bounds = torch.rand(2, 1, 3).double(), (1e-4, 1e-3)
     compare(splats, random_transforms(2, 1, 3), camera, background, index, backend="gsplat", outputs=OUTPUTS,
             bounds=bounds)  # fmt: skip
+
+
+def test_harmonics_along_the_optical_axis(version: str) -> None:
+    splats, index = replace(random_gaussians(12), sh_direction="axis"), torch.randint(3, (12,))
+    compare(splats, random_transforms(3), look(16, 24), GREY, index, backend="gsplat", outputs=OUTPUTS,
+            bounds=(1e-4, 1e-3))  # fmt: skip
 
 
 def test_blend_skinning(version: str) -> None:

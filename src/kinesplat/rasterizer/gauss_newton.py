@@ -10,8 +10,8 @@ from torch import Tensor
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError
 from kinesplat.gaussians import Gaussians
-from kinesplat.rasterizer import cpu
-from kinesplat.rasterizer.render import Background, make_scene
+from kinesplat.rasterizer import cpu, cuda
+from kinesplat.rasterizer.render import Background, Scene, make_scene
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def normal_equations(
     one image and many views of one q can be summed afterwards. Nothing here is differentiable.
 
     Args:
-        gaussians: splats in link frames, float32 on the CPU.
+        gaussians: splats in link frames, float32 on the CPU or a GPU.
         link_index: ``(n,)`` link of each splat.
         Ts_world_link: ``(*t, links, 4, 4)``, rigid.
         camera: pinhole cameras.
@@ -81,8 +81,8 @@ def normal_equations(
         float64 whatever the input, since sums over many pixels are solved with.
 
     Raises:
-        InputError: shapes, dtypes, NaN or infinity, negative weights, or splats that are not float32 on the CPU.
-        BackendError: the native module is missing.
+        InputError: shapes, dtypes, NaN or infinity, negative weights, or splats that are not float32.
+        BackendError: the native module, or Triton on a GPU, is missing.
     """
     scene = make_scene(gaussians, link_index, None, Ts_world_link, camera, background, eps2d, ())
     targets = _checked_targets(
@@ -96,6 +96,8 @@ def normal_equations(
             f"target batch {tuple(rgb.shape[:-3])} does not broadcast with the scene's {scene.batch_shape}"
         ) from error
     scene = replace(scene, batch_shape=shape)
+    if scene.gaussians.means.device.type != "cpu":
+        return _on_gpu(scene, targets, rgb.ndim - 3)
     plan = cpu.make_plan(scene)
     images, p = math.prod(shape), 6 * scene.Ts_world_link.shape[-3]
     count = math.prod(rgb.shape[:-3])
@@ -113,6 +115,18 @@ def normal_equations(
     )
     if problem:
         raise InputError(problem)
+    return NormalEquations(loss.view(shape), gradient.view(*shape, p), hessian.view(*shape, p, p))
+
+
+def _on_gpu(scene: Scene, targets: dict[str, Tensor | None], batch_dims: int) -> NormalEquations:
+    """The same by the CUDA backend's kernels."""
+    module, shape = cuda.kernels("least_squares", scene), scene.batch_shape
+    flat = {
+        name: None if t is None else t.expand(*shape, *t.shape[batch_dims:]).reshape(-1, *t.shape[batch_dims:])
+        for name, t in targets.items()
+    }
+    loss, gradient, hessian = module.normal_equations(scene, flat)
+    p = gradient.shape[-1]
     return NormalEquations(loss.view(shape), gradient.view(*shape, p), hessian.view(*shape, p, p))
 
 

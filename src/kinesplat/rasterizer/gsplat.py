@@ -7,6 +7,7 @@ opacity exceeds 0.99; and it gives no link ids. gsplat compiles its kernels with
 """
 
 import math
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from kinesplat.errors import BackendError, InputError
-from kinesplat.gaussians import Gaussians
 from kinesplat.rasterizer.projection import Projection, project
 from kinesplat.rasterizer.reference import ALPHA_MIN, DEPTH_ALPHA_MIN, NEAR
 from kinesplat.rasterizer.render import Render, Scene, check_values
@@ -129,6 +129,7 @@ def _projected(scene: Scene) -> tuple[Projection, Tensor]:
     parked[2, 3] = parked[3, 3] = 1.0
     Ts = torch.where(front[..., None, None], Ts, parked)
     batch = front.shape[:-1]
-    wide = Gaussians(*(t.expand(*batch, *t.shape[len(g.batch_shape) :]) for t in vars(g).values()))
+    fields = {name: getattr(g, name) for name in ("means", "quats", "scales", "opacities", "sh")}
+    wide = replace(g, **{k: t.expand(*batch, *t.shape[len(g.batch_shape) :]) for k, t in fields.items()})
     K = scene.camera.K
     return project(wide, Ts, K, (scene.camera.width, scene.camera.height), scene.eps2d), front

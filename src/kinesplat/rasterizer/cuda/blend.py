@@ -18,10 +18,9 @@ from kinesplat.rasterizer.cuda.splat import (
 
 @triton.jit
 @no_type_check
-def tile_pixels(tiles_x, tiles, width, height, TILE_X: tl.constexpr, TILE_Y: tl.constexpr):
-    """Image of the tile, index of its pixels in the batch of images, whether they exist, and their centres."""
-    program = tl.program_id(0).to(tl.int64)
-    image, tile = program // tiles, program % tiles
+def tile_pixels(number, tiles_x, tiles, width, height, TILE_X: tl.constexpr, TILE_Y: tl.constexpr):
+    """Image of a tile, index of its pixels in the batch of images, whether they exist, and their centres."""
+    image, tile = number // tiles, number % tiles
     lane = tl.arange(0, TILE_X * TILE_Y)
     column = (tile % tiles_x) * TILE_X + lane % TILE_X
     line = (tile // tiles_x) * TILE_Y + lane // TILE_X
@@ -51,8 +50,9 @@ def blend_forward(
     KEEP: tl.constexpr, TILE_X: tl.constexpr, TILE_Y: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """`left` and `last` keep transmittance and last composited place of each pixel for the backward pass."""
-    image, pixel, inside, x, y = tile_pixels(tiles_x, tiles, width, height, TILE_X, TILE_Y)
-    start, end = tl.load(starts + tl.program_id(0)), tl.load(starts + tl.program_id(0) + 1)
+    number = tl.program_id(0).to(tl.int64)
+    image, pixel, inside, x, y = tile_pixels(number, tiles_x, tiles, width, height, TILE_X, TILE_Y)
+    start, end = tl.load(starts + number), tl.load(starts + number + 1)
     T = tl.where(inside, 1.0, 0.0)
     alive = inside
     red, green, blue, total, depth = T * 0, T * 0, T * 0, T * 0, T * 0
@@ -115,8 +115,9 @@ def blend_backward(
     A pixel is ``sum_k w_k q_k`` with ``q = (rgb - background) . v_rgb + z v_z + v_one``, so that
     ``dL/dalpha_k = T_k q_k - sum_(j>k) w_j q_j / (1 - alpha_k)``.
     """
-    image, pixel, inside, x, y = tile_pixels(tiles_x, tiles, width, height, TILE_X, TILE_Y)
-    start = tl.load(starts + tl.program_id(0))
+    number = tl.program_id(0).to(tl.int64)
+    image, pixel, inside, x, y = tile_pixels(number, tiles_x, tiles, width, height, TILE_X, TILE_Y)
+    start = tl.load(starts + number)
     T = tl.load(left + pixel, mask=inside, other=1.0)
     final = tl.load(last + pixel, mask=inside, other=-1)
     gr, gg, gb, gz, one = T * 0, T * 0, T * 0, T * 0, T * 0

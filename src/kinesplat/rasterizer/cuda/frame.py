@@ -61,6 +61,11 @@ class Frame:
     tiles: Tiles
 
 
+def along_axis(scene: Scene) -> bool:
+    """Whether spherical harmonics are seen along the optical axis."""
+    return scene.gaussians.sh_direction == "axis"
+
+
 def flatten(scene: Scene) -> Flat:
     """Lay out a scene for the kernels; transforms are multiplied in float64 as on the CPU."""
     shape, g = scene.batch_shape, scene.gaussians
@@ -117,7 +122,7 @@ def project(scene: Scene, size: tuple[int, int]) -> Frame:
         means, quats, scales, opacities, sh, flat.link_index, flat.link_weights, flat.Ts_cam_link, flat.K,
         flat.background, flat.set_of_image, record, box, count, bad,
         n, links, camera.width, camera.height, scene.eps2d,
-        M=flat.link_index.shape[1], WEIGHTED=weighted, COEFFICIENTS=sh.shape[-2],
+        M=flat.link_index.shape[1], WEIGHTED=weighted, COEFFICIENTS=sh.shape[-2], AXIS=along_axis(scene),
         TILE_X=size[0], TILE_Y=size[1], BLOCK=BLOCK,
     )  # fmt: skip
     ends = torch.cumsum(count, 0, dtype=torch.int64)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kinesplat.rasterizer.cuda.blend import blend_backward, blend_forward
-from kinesplat.rasterizer.cuda.frame import Flat, Frame, project
+from kinesplat.rasterizer.cuda.frame import Flat, Frame, along_axis, project
 from kinesplat.rasterizer.cuda.launch import BLOCK, blocks_of, launch
 from kinesplat.rasterizer.cuda.project import project_backward
 from kinesplat.rasterizer.cuda.splat import SUM_FLOATS
@@ -151,6 +151,7 @@ def _project_backward(scene: Scene, flat: Flat, sums: Tensor, needs: Any) -> lis
             flat.set_of_image, sums, *(sums if v is None else v for v in out),
             n, links, scene.camera.width, scene.camera.height,
             M=flat.link_index.shape[1], WEIGHTED=scene.link_weights is not None, COEFFICIENTS=coefficients,
+            AXIS=along_axis(scene),
             MEANS=bool(wanted[0]), SHAPES=bool(shapes), OPACITIES=bool(wanted[3]), SH=bool(wanted[4]),
             POSES=bool(poses), INTRINSICS=bool(wanted[6]), BLOCK=BLOCK,
         )  # fmt: skip

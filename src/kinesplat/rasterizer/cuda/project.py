@@ -13,6 +13,7 @@ from kinesplat.rasterizer.cuda.splat import (
     SUMS,
     colour,
     dot3,
+    eye,
     harmonic,
     inverse_length,
     load_transform,
@@ -27,7 +28,7 @@ def project_forward(
     means, quats, scales, opacities, sh, index, weights, Ts, K, background, set_of_image,
     record, box, count, bad,
     n, links, width, height, eps2d,
-    M: tl.constexpr, WEIGHTED: tl.constexpr, COEFFICIENTS: tl.constexpr,
+    M: tl.constexpr, WEIGHTED: tl.constexpr, COEFFICIENTS: tl.constexpr, AXIS: tl.constexpr,
     TILE_X: tl.constexpr, TILE_Y: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes records, first tiles and tile counts of each (image, splat); `bad` counts values that are no input."""
@@ -60,9 +61,10 @@ def project_forward(
     p0 = dot3(a00, a01, a02, m0, m1, m2) + t0
     p1 = dot3(a10, a11, a12, m0, m1, m2) + t1
     p2 = dot3(a20, a21, a22, m0, m1, m2) + t2
-    d0 = m0 + dot3(a00, a10, a20, t0, t1, t2)
-    d1 = m1 + dot3(a01, a11, a21, t0, t1, t2)
-    d2 = m2 + dot3(a02, a12, a22, t0, t1, t2)
+    near, z0, z1, z2 = eye(t0, t1, t2, AXIS)
+    d0 = near * m0 + dot3(a00, a10, a20, z0, z1, z2)
+    d1 = near * m1 + dot3(a01, a11, a21, z0, z1, z2)
+    d2 = near * m2 + dot3(a02, a12, a22, z0, z1, z2)
     inverse = inverse_length(d0, d1, d2)
     red, green, blue = colour(sh, row, mask, d0 * inverse, d1 * inverse, d2 * inverse, COEFFICIENTS)
 
@@ -138,7 +140,7 @@ def project_backward(
     means, quats, scales, sh, index, weights, Ts, K, set_of_image,
     sums, v_means, v_quats, v_scales, v_opacities, v_sh, v_Ts, v_K,
     n, links, width, height,
-    M: tl.constexpr, WEIGHTED: tl.constexpr, COEFFICIENTS: tl.constexpr,
+    M: tl.constexpr, WEIGHTED: tl.constexpr, COEFFICIENTS: tl.constexpr, AXIS: tl.constexpr,
     MEANS: tl.constexpr, SHAPES: tl.constexpr, OPACITIES: tl.constexpr, SH: tl.constexpr,
     POSES: tl.constexpr, INTRINSICS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -168,9 +170,10 @@ def project_backward(
         tl.store(v_opacities + out, go, mask=mask)
 
     # Colour: through the clamp, the harmonics and the unit direction to the offset m + A^T t.
-    d0 = m0 + dot3(a00, a10, a20, t0, t1, t2)
-    d1 = m1 + dot3(a01, a11, a21, t0, t1, t2)
-    d2 = m2 + dot3(a02, a12, a22, t0, t1, t2)
+    near, z0, z1, z2 = eye(t0, t1, t2, AXIS)
+    d0 = near * m0 + dot3(a00, a10, a20, z0, z1, z2)
+    d1 = near * m1 + dot3(a01, a11, a21, z0, z1, z2)
+    d2 = near * m2 + dot3(a02, a12, a22, z0, z1, z2)
     inverse = inverse_length(d0, d1, d2)
     d0, d1, d2 = d0 * inverse, d1 * inverse, d2 * inverse
     red, green, blue = colour(sh, row, mask, d0, d1, d2, COEFFICIENTS)
@@ -246,26 +249,26 @@ def project_backward(
             tl.store(part + 3, tl.sum(tl.where(mask, g1 + tl.where(in_y, 0.0, -gsy / fy), 0.0)))
         if MEANS:
             base = v_means + out * 3
-            tl.store(base, dot3(a00, a10, a20, gp0, gp1, gp2) + e0, mask=mask)
-            tl.store(base + 1, dot3(a01, a11, a21, gp0, gp1, gp2) + e1, mask=mask)
-            tl.store(base + 2, dot3(a02, a12, a22, gp0, gp1, gp2) + e2, mask=mask)
+            tl.store(base, dot3(a00, a10, a20, gp0, gp1, gp2) + near * e0, mask=mask)
+            tl.store(base + 1, dot3(a01, a11, a21, gp0, gp1, gp2) + near * e1, mask=mask)
+            tl.store(base + 2, dot3(a02, a12, a22, gp0, gp1, gp2) + near * e2, mask=mask)
         if POSES | SHAPES:
             gM00, gM01, gM02, gM10, gM11, gM12 = jx * gu0, jx * gu1, jx * gu2, jy * gv0, jy * gv1, jy * gv2
             gM20, gM21, gM22 = jxz * gu0 + jyz * gv0, jxz * gu1 + jyz * gv1, jxz * gu2 + jyz * gv2
         if POSES:
             base = v_Ts + out * 12
-            tl.store(base, dot3(gM00, gM01, gM02, b00, b01, b02) + gp0 * m0 + t0 * e0, mask=mask)
-            tl.store(base + 1, dot3(gM00, gM01, gM02, b10, b11, b12) + gp0 * m1 + t0 * e1, mask=mask)
-            tl.store(base + 2, dot3(gM00, gM01, gM02, b20, b21, b22) + gp0 * m2 + t0 * e2, mask=mask)
-            tl.store(base + 3, gp0 + dot3(a00, a01, a02, e0, e1, e2), mask=mask)
-            tl.store(base + 4, dot3(gM10, gM11, gM12, b00, b01, b02) + gp1 * m0 + t1 * e0, mask=mask)
-            tl.store(base + 5, dot3(gM10, gM11, gM12, b10, b11, b12) + gp1 * m1 + t1 * e1, mask=mask)
-            tl.store(base + 6, dot3(gM10, gM11, gM12, b20, b21, b22) + gp1 * m2 + t1 * e2, mask=mask)
-            tl.store(base + 7, gp1 + dot3(a10, a11, a12, e0, e1, e2), mask=mask)
-            tl.store(base + 8, dot3(gM20, gM21, gM22, b00, b01, b02) + gp2 * m0 + t2 * e0, mask=mask)
-            tl.store(base + 9, dot3(gM20, gM21, gM22, b10, b11, b12) + gp2 * m1 + t2 * e1, mask=mask)
-            tl.store(base + 10, dot3(gM20, gM21, gM22, b20, b21, b22) + gp2 * m2 + t2 * e2, mask=mask)
-            tl.store(base + 11, gp2 + dot3(a20, a21, a22, e0, e1, e2), mask=mask)
+            tl.store(base, dot3(gM00, gM01, gM02, b00, b01, b02) + gp0 * m0 + z0 * e0, mask=mask)
+            tl.store(base + 1, dot3(gM00, gM01, gM02, b10, b11, b12) + gp0 * m1 + z0 * e1, mask=mask)
+            tl.store(base + 2, dot3(gM00, gM01, gM02, b20, b21, b22) + gp0 * m2 + z0 * e2, mask=mask)
+            tl.store(base + 3, gp0 + near * dot3(a00, a01, a02, e0, e1, e2), mask=mask)
+            tl.store(base + 4, dot3(gM10, gM11, gM12, b00, b01, b02) + gp1 * m0 + z1 * e0, mask=mask)
+            tl.store(base + 5, dot3(gM10, gM11, gM12, b10, b11, b12) + gp1 * m1 + z1 * e1, mask=mask)
+            tl.store(base + 6, dot3(gM10, gM11, gM12, b20, b21, b22) + gp1 * m2 + z1 * e2, mask=mask)
+            tl.store(base + 7, gp1 + near * dot3(a10, a11, a12, e0, e1, e2), mask=mask)
+            tl.store(base + 8, dot3(gM20, gM21, gM22, b00, b01, b02) + gp2 * m0 + z2 * e0, mask=mask)
+            tl.store(base + 9, dot3(gM20, gM21, gM22, b10, b11, b12) + gp2 * m1 + z2 * e1, mask=mask)
+            tl.store(base + 10, dot3(gM20, gM21, gM22, b20, b21, b22) + gp2 * m2 + z2 * e2, mask=mask)
+            tl.store(base + 11, gp2 + near * dot3(a20, a21, a22, e0, e1, e2), mask=mask)
         if SHAPES:
             gb00, gb01 = dot3(a00, a10, a20, gM00, gM10, gM20), dot3(a00, a10, a20, gM01, gM11, gM21)
             gb02, gb10 = dot3(a00, a10, a20, gM02, gM12, gM22), dot3(a01, a11, a21, gM00, gM10, gM20)

@@ -43,6 +43,16 @@ def inverse_length(x, y, z):
 
 @triton.jit
 @no_type_check
+def eye(t0, t1, t2, AXIS: tl.constexpr):
+    """Harmonics are seen along ``near m + A^T e``: from the camera's centre (1, e = t), or along its axis (0, z)."""
+    near = 1.0
+    if AXIS:
+        near, t0, t1, t2 = 0.0, t0 * 0, t1 * 0, t2 * 0 + 1
+    return near, t0, t1, t2
+
+
+@triton.jit
+@no_type_check
 def load_transform(Ts, image, index, weights, i, mask, links, M: tl.constexpr, WEIGHTED: tl.constexpr):
     """Rows of the 3x4 transform of splat `i` to the camera, and how many of its links do not exist."""
     a00, a01, a02, t0 = tl.zeros_like(i).to(tl.float32), 0.0, 0.0, 0.0

@@ -78,7 +78,7 @@ def write_dataset(
     missing = [s for s in plan.shards() if not (directory / s.file_name).is_file()]
     if report is not None:
         report(sum(s.images for s in plan.shards()) - sum(s.images for s in missing))
-    for done in _made(directory, plan, missing, min(processes, len(missing)), device):
+    for done in _made(directory, plan, robot, missing, min(processes, len(missing)), device) if missing else ():
         if report is not None:
             report(done.images)
     return Dataset.open(directory)
@@ -89,18 +89,20 @@ def load_robot(plan: Plan) -> Robot:
     return load_description(plan.robot, packages=dict(plan.packages))
 
 
-def _made(directory: Path, plan: Plan, shards: list[Shard], processes: int, device: Device) -> Iterator[Shard]:
+def _made(
+    directory: Path, plan: Plan, robot: Robot, shards: list[Shard], processes: int, device: Device
+) -> Iterator[Shard]:
     """Make shards, in order or in parallel; yields each when it is on disk."""
-    if processes <= 1:
-        for shard in shards:
-            make_shard(directory, plan, shard, device)
-            yield shard
+    maker = _maker(robot, plan, device)
+    here = shards if processes == 1 else shards[:1]  # the first one compiles the kernels, for all
+    for shard in here:
+        make_shard(directory, plan, shard, maker)
+        yield shard
+    if processes == 1:
         return
-    make_shard(directory, plan, shards[0], device)  # compiles the kernels once, for all
-    yield shards[0]
     context = multiprocessing.get_context("spawn")
     with _one_thread_each(), ProcessPoolExecutor(processes, context) as pool:
-        futures = {pool.submit(make_shard, directory, plan, shard, device): shard for shard in shards[1:]}
+        futures = {pool.submit(_make_elsewhere, directory, plan, shard, device): shard for shard in shards[1:]}
         try:
             for future in as_completed(futures):
                 future.result()
@@ -109,9 +111,18 @@ def _made(directory: Path, plan: Plan, shards: list[Shard], processes: int, devi
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def make_shard(directory: Path, plan: Plan, shard: Shard, device: Device) -> None:
+def _make_elsewhere(directory: Path, plan: Plan, shard: Shard, device: Device) -> None:
+    make_shard(directory, plan, shard, _maker_of_process(plan, device))
+
+
+@lru_cache(maxsize=1)
+def _maker_of_process(plan: Plan, device: Device) -> Maker:
+    """Prepared once in the life of a worker process, which serves one run."""
+    return _maker(load_robot(plan), plan, device)
+
+
+def make_shard(directory: Path, plan: Plan, shard: Shard, maker: Maker) -> None:
     """Render one shard and write it."""
-    maker = _maker(plan, device)
     generator = plan.generator(shard)
     q, rejected = _configurations(maker, shard, generator)
     Ts_world_link = link_poses(maker.robot, q)
@@ -138,10 +149,7 @@ def link_poses(robot: Robot, q: Float[Tensor, "n dof"]) -> Float[Tensor, "n link
     return torch.from_numpy(Ts)
 
 
-@lru_cache(maxsize=1)
-def _maker(plan: Plan, device: Device) -> Maker:
-    """Loaded once a process."""
-    robot = load_robot(plan)
+def _maker(robot: Robot, plan: Plan, device: Device) -> Maker:
     capture = Capture(robot, plan.samples, plan.light, device=device)
     collision = None if plan.collisions else SelfCollision(robot)
     points = sample_meshes(robot.link_meshes, AIM_POINTS, np.random.default_rng(0))
@@ -170,6 +178,9 @@ def _begin(directory: Path, plan: Plan, robot: Robot) -> None:
         leftovers = [s.file_name for s in plan.shards() if (directory / s.file_name).exists()]
         if leftovers:
             raise DatasetError(f"{directory}: holds {leftovers[0]} but no {MANIFEST}; choose another folder")
+    for shard in plan.shards():  # what a killed run left half written
+        for path in directory.glob(f".{Path(shard.file_name).stem}.*.zip"):
+            path.unlink(missing_ok=True)
     if not (directory / SURFACE).is_file():
         _write_surface(directory / SURFACE, plan, robot)
     if not (directory / MANIFEST).is_file():

@@ -175,7 +175,7 @@ def jacobian_blocks(
     a channel changes by ``(T_k c_k - sum_(j>k) w_j c_j / (1 - alpha_k)) dalpha_k + w_k dc_k``, c over the backdrop."""
     program = tl.program_id(0).to(tl.int64)
     number, link = tl.load(tile_of + program), tl.load(link_of + program)
-    _, pixel, inside, x, y = tile_pixels(number, tiles_x, tiles, width, height, TILE_X, TILE_Y)
+    _image, pixel, inside, x, y = tile_pixels(number, tiles_x, tiles, width, height, TILE_X, TILE_Y)
     start = tl.load(starts + number)
     T = tl.load(left + pixel, mask=inside, other=1.0)
     final = tl.load(last + pixel, mask=inside, other=-1)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kinesplat.kinematics import KinematicTree
     from kinesplat.rasterizer import Render, rasterize, rasterize_links
     from kinesplat.self_model import SelfModel
+    from kinesplat.training.recipes import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "rasterize",
     "rasterize_links",
     "reconstruct",
+    "train",
     "zoo",
 ]
 
@@ -47,6 +49,7 @@ _HOME = {
     "Robot": "description",
     "SelfModel": "self_model",
     "calibrate": "inverse",
+    "train": "training.recipes",
     "load_description": "description",
     "rasterize": "rasterizer",
     "rasterize_links": "rasterizer",

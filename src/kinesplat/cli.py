@@ -17,9 +17,10 @@ from kinesplat.commands.reconstruct import reconstruct
 from kinesplat.commands.render import render
 from kinesplat.commands.self_models import build, inspect, models
 from kinesplat.commands.show import benchmark, demo
+from kinesplat.commands.train import train
 from kinesplat.errors import KinesplatError
 
-COMMANDS = (demo, build, dataset, evaluate, inspect, models, render, reconstruct, calibrate, benchmark)
+COMMANDS = (demo, build, dataset, train, evaluate, inspect, models, render, reconstruct, calibrate, benchmark)
 
 
 def program() -> tyro.extras.SubcommandApp:

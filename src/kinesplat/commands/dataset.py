@@ -66,8 +66,8 @@ def dataset(
     device_of(replace(common, device="cpu"))
     plan = _plan(robot, contents, package, common.seed)
     total = sum(shard.images for shard in plan.shards())
-    with _progress(total) as progress:
-        made = write_dataset(output, plan, processes, common.device, _reporter(progress, total))
+    with image_progress(total) as progress:
+        made = write_dataset(output, plan, processes, common.device, image_reporter(progress, total))
     result = _summary(made)
     megabytes, kilobytes = 1e-6 * result["bytes"], 1e-3 * result["bytes_per_image"]
     counts = f"{result['images']} images of {result['configurations']} configurations"
@@ -122,7 +122,7 @@ def _collisions_sentence(made: Dataset, rejected: int) -> str:
     return f"collisions: {rejected} configurations rejected ({collisions['geom_pairs']} pairs of shapes looked at)"
 
 
-def _progress(total: int) -> Progress:
+def image_progress(total: int) -> Progress:
     """A bar with rate and time left, where somebody looks at it."""
     columns = (
         TextColumn("images"),
@@ -137,7 +137,7 @@ def _progress(total: int) -> Progress:
     return progress
 
 
-def _reporter(progress: Progress, total: int) -> Report:
+def image_reporter(progress: Progress, total: int) -> Report:
     """Moves the bar, or prints a line now and then where there is no terminal."""
     start, done, there, last = time.monotonic(), 0, 0, time.monotonic()
 

@@ -47,7 +47,7 @@ class SplatOptimizer:
         self.rates = {f.name: getattr(rates, f.name) for f in fields(Rates)}
         self.rates["means"] *= scene_size
         groups = [{"params": [getattr(self.parameters, name)], "name": name} for name in self.rates]
-        self._adam = torch.optim.Adam(groups, lr=0.0, eps=1e-15)
+        self._adam = torch.optim.Adam(groups, lr=0.0, eps=1e-15, fused=True)
 
     def step(self, decay: Mapping[str, float] | float) -> None:
         """One step of Adam at the rates times `decay` (by name, or one for all); gradients are then dropped."""

@@ -9,13 +9,14 @@ import torch
 from kinesplat.dataset.frames import Frames
 from kinesplat.dataset.sampling import random_cameras, random_configurations
 from kinesplat.description import Robot, load_description
-from kinesplat.errors import ModelFileError
+from kinesplat.errors import InputError, ModelFileError
 from kinesplat.evaluation.kplanes import KPlanesModel, kplanes_settings
 from kinesplat.self_model import SelfModel
 from kinesplat.skinning import SkinningField
-from kinesplat.training import paper
+from kinesplat.training import field, paper
 from kinesplat.training.canonical import mesh_cloud, round_splats
-from kinesplat.training.checkpoint import write_checkpoint
+from kinesplat.training.checkpoint import read_checkpoint, write_checkpoint
+from kinesplat.training.field import field_settings, train_with_field, with_skinning_field
 from kinesplat.training.joint import Trainable, fit_jointly, mean_psnr, views_by_configuration
 from kinesplat.training.loop import Budget
 from kinesplat.training.paper import CHECKPOINT, PaperSettings, train_paper
@@ -154,6 +155,41 @@ def test_early_stop_returns_the_best(robot: Robot, data: tuple[Frames, Frames, F
     )
     assert looks[-1] < 300
     assert mean_psnr(trained, validation) >= mean_psnr(model, validation) - 3.0
+
+
+def test_a_field_takes_over_from_the_links(kinearm: SelfModel, data: tuple[Frames, Frames, Frames]) -> None:
+    """Nearly the link-bound model before any training on pictures, better after."""
+    _, frames, validation = data
+    model = kinearm.subsample(300)
+    start = with_skinning_field(model, steps=250)
+    assert (start.link_index == model.link_index).float().mean() > 0.97
+    assert abs(mean_psnr(start, validation) - mean_psnr(model, validation)) < 0.5
+    trained = train_with_field(model, frames, validation, Budget(steps=30), field_settings())
+    assert mean_psnr(trained, validation) > mean_psnr(start, validation) + 0.5
+    with pytest.raises(InputError, match="already"):
+        with_skinning_field(trained)
+
+
+def test_a_resumed_field_ends_where_an_unbroken_one_does(
+    kinearm: SelfModel, data: tuple[Frames, Frames, Frames], tmp_path: Path
+) -> None:
+    _, frames, validation = data
+    model, settings = kinearm.subsample(200), replace(SMALL.joint, validate_every=3)
+    whole = train_with_field(model, frames, validation, Budget(steps=6), settings, folder=tmp_path)
+    half = read_checkpoint(tmp_path / CHECKPOINT)
+    assert half["step"] == 6
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(field, "write_checkpoint", _dies)
+        with pytest.raises(KeyboardInterrupt):
+            train_with_field(model, frames, validation, Budget(steps=6), settings, folder=tmp_path / "b")
+    resumed = train_with_field(model, frames, validation, Budget(steps=6), settings, folder=tmp_path / "b", resume=True)
+    for name, value in whole.parameters.tensors().items():
+        assert torch.equal(value, resumed.parameters.tensors()[name]), name
+
+
+def _dies(path: Path, state: dict) -> None:
+    write_checkpoint(path, state)
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from kinesplat.fourier_mlp import FourierMlp
 from kinesplat.gaussians import Parameters
 from kinesplat.rasterizer import Render
 from kinesplat.rasterizer.render import Background
+from kinesplat.self_model import SelfModel
 from kinesplat.training.canonical import scene_size
 from kinesplat.training.loop import Budget, EarlyStop, Tick, batch_rows, decayed, psnr, run
 from kinesplat.training.splat_optimizer import Rates, SplatOptimizer
@@ -77,11 +78,13 @@ class JointFit:
         self._splats = SplatOptimizer(model.parameters, settings.rates, scene_size(frames.camera))
         modules = [module for network in model.networks.values() for module in network.modules()]
         self._fields = [m for m in modules if isinstance(m, FourierMlp) and settings.low_precision]
+        for network in model.networks.values():
+            network.zero_grad()
         groups = [
             {"params": list(network.parameters()), "name": name, "lr": settings.network_rates[name]}
             for name, network in model.networks.items()
         ]
-        self._adam = torch.optim.Adam(groups) if groups else None
+        self._adam = torch.optim.Adam(groups, fused=True) if groups else None
 
     @property
     def model(self) -> Any:
@@ -191,3 +194,11 @@ def fit_jointly(
             break
     fit.load_state_dict(best)
     return fit.model
+
+
+@torch.no_grad()
+def bound_to_heaviest(model: SelfModel) -> SelfModel:
+    """The model with the present heaviest link of every splat as its `link_index`."""
+    if model.skinning is None:
+        return model
+    return replace(model, link_index=model.skinning(model.parameters.means).argmax(dim=-1))

@@ -13,7 +13,7 @@ make one step, layers in bfloat16 while training.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from kinesplat.skinning import SkinningField
 from kinesplat.training.adaptive_control import Thresholds
 from kinesplat.training.canonical import fit_canonical, mesh_cloud, round_splats
 from kinesplat.training.checkpoint import read_checkpoint, write_checkpoint
-from kinesplat.training.joint import JointSettings, fit_jointly
+from kinesplat.training.joint import JointSettings, bound_to_heaviest, fit_jointly
 from kinesplat.training.loop import Budget, Log
 from kinesplat.training.skinning import LinkCloud, fit_by_chamfer
 from kinesplat.training.splat_optimizer import Rates
@@ -194,11 +194,3 @@ def _assembled(robot: Robot, state: Mapping[str, Any], settings: PaperSettings, 
     link_index = torch.zeros(len(parameters), dtype=torch.int64)
     model = SelfModel(robot.tree, parameters, link_index, EPS2D, provenance, skinning, appearance)
     return bound_to_heaviest(model.to(device))
-
-
-@torch.no_grad()
-def bound_to_heaviest(model: SelfModel) -> SelfModel:
-    """The model with the present heaviest link of every splat as its `link_index`."""
-    if model.skinning is None:
-        return model
-    return replace(model, link_index=model.skinning(model.parameters.means).argmax(dim=-1))

@@ -156,6 +156,6 @@ def skinning_error(
 def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
-    optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+    optimizer.zero_grad()  # after, so that nothing is left for the stage that follows

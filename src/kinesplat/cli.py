@@ -13,6 +13,7 @@ from kinesplat.commands.calibrate import calibrate
 from kinesplat.commands.common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, err
 from kinesplat.commands.dataset import dataset
 from kinesplat.commands.evaluate import evaluate
+from kinesplat.commands.initializer import initializer
 from kinesplat.commands.reconstruct import reconstruct
 from kinesplat.commands.render import render
 from kinesplat.commands.self_models import build, inspect, models
@@ -20,7 +21,20 @@ from kinesplat.commands.show import benchmark, demo
 from kinesplat.commands.train import train
 from kinesplat.errors import KinesplatError
 
-COMMANDS = (demo, build, dataset, train, evaluate, inspect, models, render, reconstruct, calibrate, benchmark)
+COMMANDS = (
+    demo,
+    build,
+    dataset,
+    train,
+    evaluate,
+    inspect,
+    models,
+    render,
+    reconstruct,
+    initializer,
+    calibrate,
+    benchmark,
+)
 
 
 def program() -> tyro.extras.SubcommandApp:

@@ -25,6 +25,7 @@ from kinesplat.commands.common import (
 from kinesplat.errors import InputError
 from kinesplat.files import read_image, read_mask
 from kinesplat.inverse import reconstruct as reconstruct_q
+from kinesplat.inverse.initializer import Initializer
 from kinesplat.report import write_fit_pictures
 
 
@@ -38,6 +39,7 @@ def reconstruct(
     optimize_camera: bool = False,
     starts: int | None = None,
     colour_weight: float = 1.0,
+    initializer: Path | None = None,
     output: Output = Path("reconstruct"),
     *,
     common: CommonOptions = DEFAULTS,
@@ -56,6 +58,7 @@ def reconstruct(
         optimize_camera: also move the camera, starting from the given one.
         starts: number of starts that are optimised; default 16, or 48 without q_init.
         colour_weight: weight of the colours against the mask; 0.1 for photographs whose light is not a headlight.
+        initializer: learned start made by `kinesplat initializer train`; default: the packaged one, if any.
         output: folder for the results; created if needed.
     """
     device_of(common)
@@ -76,6 +79,7 @@ def reconstruct(
         optimize_camera=optimize_camera or camera is None,
         starts=starts,
         colour_weight=colour_weight,
+        initializer=None if initializer is None else Initializer.load(initializer),
         q_init=None if q_init is None else torch.tensor(q_init),
         seed=common.seed,
         progress=err.is_terminal,

@@ -3,6 +3,7 @@
 import functools
 import time
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -21,11 +22,12 @@ from kinesplat.inverse.coarse_to_fine import (
     refine,
     same_place,
 )
+from kinesplat.inverse.initializer import Initializer
 from kinesplat.inverse.levenberg_marquardt import Solution
 from kinesplat.inverse.objective import Configurations, PhotometricObjective
 from kinesplat.inverse.observation import ImageLike, Observation, image_shape
 from kinesplat.inverse.result import FitResult, Hypothesis, covariance_of
-from kinesplat.inverse.search import CHUNK, ROUNDS, joined, joint_scale, one_turn, search
+from kinesplat.inverse.search import CHUNK, ROUNDS, best_distinct, joined, joint_scale, one_turn, search
 from kinesplat.inverse.verdict import evidence_of, verdict
 from kinesplat.self_model import SelfModel
 from kinesplat.twists import exp_twist
@@ -45,12 +47,14 @@ class Attempt:
         rounds: length of the random steps and blur [px] of every round; without rounds the best drawn are the starts.
         starts: how many are optimised.
         levels: the image sizes.
+        learned: whether an initializer proposes the starts.
     """
 
     drawn: int
     rounds: tuple[tuple[float, float], ...]
     starts: int
     levels: tuple[Level, ...]
+    learned: bool = False
 
 
 NEAR_ROUNDS = ((0.4, 0.9), (0.3, 0.75), (0.2, 0.45), (0.15, 0.3))
@@ -60,6 +64,8 @@ NEAR_ATTEMPTS = (
     Attempt(2_048, ROUNDS, GLOBAL_STARTS, GLOBAL_LEVELS),
 )
 GLOBAL_ATTEMPTS = (Attempt(4_096, ROUNDS, GLOBAL_STARTS, GLOBAL_LEVELS),) * 3
+LEARNED_ATTEMPT = Attempt(4_096, (), GLOBAL_STARTS, GLOBAL_LEVELS, learned=True)
+PROPOSED_APART = 0.1
 
 
 @torch.no_grad()
@@ -74,6 +80,7 @@ def reconstruct(
     optimize_camera: bool = False,
     starts: int | None = None,
     colour_weight: float = 1.0,
+    initializer: Initializer | Literal[False] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> FitResult:
@@ -99,6 +106,8 @@ def reconstruct(
             three attempts. With 1, `q_init` gets no
             neighbours.
         colour_weight: weight of the colours against the mask; 0.1 for photographs whose light is not a headlight.
+        initializer: a learned start, which is tried before the search where there is no `q_init`; default: the one that
+            comes with the package for this robot, if there is one. False: none.
         seed: of the random starts.
         progress: show a progress bar on the terminal.
 
@@ -108,8 +117,11 @@ def reconstruct(
     began = time.perf_counter()
     known = camera is not None
     observation = Observation.create(images, masks, _checked_camera(camera, K, images, optimize_camera))
-    attempts = planned(q_init, starts)
-    problem = Problem(model, observation, q_init, seed, optimize_camera, known)
+    learned = (initializer or None) if q_init is not None or initializer is not None else Initializer.packaged(model)
+    if learned is not None:
+        learned.check_fits(model)
+    attempts = planned(q_init, starts, learned is not None)
+    problem = Problem(model, observation, q_init, seed, optimize_camera, known, learned)
     if q_init is not None and known:
         model.check_camera(problem.first_generation(attempts[0], 0).q[0], observation.camera)
 
@@ -128,6 +140,7 @@ def reconstruct(
                 refine(levels, objectives, state, lambda words: bar.update(task, description=words, advance=1))
             )
             fit = _result(objectives[-1], observation.camera, found, time.perf_counter() - began)
+            fit = replace(fit, evidence={**fit.evidence, "start": origin(attempts, found, q_init is None)})
             if fit.verdict == "converged":
                 break
     if not optimize_camera:
@@ -135,7 +148,7 @@ def reconstruct(
     return fit
 
 
-def planned(q_init: Float[Tensor, "*starts dof"] | None, starts: int | None) -> list[Attempt]:
+def planned(q_init: Float[Tensor, "*starts dof"] | None, starts: int | None, learned: bool) -> list[Attempt]:
     """The attempts that are made until one converges; a single one where the caller sets the starts.
 
     Raises:
@@ -143,12 +156,21 @@ def planned(q_init: Float[Tensor, "*starts dof"] | None, starts: int | None) -> 
     """
     if starts is not None and starts < 1:
         raise InputError(f"starts is {starts}; expected at least 1")
-    attempts = GLOBAL_ATTEMPTS if q_init is None else NEAR_ATTEMPTS
+    attempts = NEAR_ATTEMPTS
+    if q_init is None:
+        attempts = (LEARNED_ATTEMPT, *GLOBAL_ATTEMPTS) if learned else GLOBAL_ATTEMPTS
     if starts is not None:
         return [replace(attempts[0], starts=starts)]
     if q_init is not None and torch.as_tensor(q_init).dim() > 1:
         return [attempts[0]]
     return list(attempts)
+
+
+def origin(attempts: list[Attempt], found: list[Refinement], global_: bool) -> str:
+    """Where the answer began: "initializer", "search", or "q_init"."""
+    losses = [f.last.linearization.loss.min().item() for f in found]
+    attempt = attempts[losses.index(min(losses))]
+    return ("initializer" if attempt.learned else "search") if global_ else "q_init"
 
 
 @dataclass(frozen=True)
@@ -161,12 +183,19 @@ class Problem:
     seed: int
     camera_free: bool
     camera_known: bool
+    initializer: Initializer | None
 
     def starts(self, attempt: Attempt, number: int, objective: PhotometricObjective) -> Configurations:
         """The configurations that least squares begins with."""
         state = self.first_generation(attempt, number)
         if len(state.q) <= attempt.starts:
             return state
+        if self.initializer is not None and self.q_init is None:
+            proposed = self.initializer.propose(self.observation, state)
+            kept = best_distinct(proposed, torch.arange(float(len(proposed.q))), attempt.starts, PROPOSED_APART)
+            if attempt.learned:
+                return proposed.select(kept)
+            state = joined(proposed.select(kept), state)
         if not attempt.rounds:
             return screened(objective, state, attempt.starts)
         return search(objective, state, attempt.starts, self._generator(number, 1), self._boxes, attempt.rounds)

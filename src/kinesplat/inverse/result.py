@@ -73,6 +73,8 @@ class FitResult:
         lines = [
             f"{self.verdict}: loss {self.loss:.3g} after {len(self.loss_history)} iterations, {self.seconds:.1f} s"
         ]
+        if self.evidence.get("start") == "initializer":
+            lines.append("  from a learned start")
         for name, value, deviation in zip(self.variable_names, self.q.tolist(), std, strict=False):
             lines.append(f"  {name:<24} {value:+.4f} +- {deviation:.1g}")
         for name in self.weak_variables:

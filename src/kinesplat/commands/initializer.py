@@ -30,8 +30,8 @@ def initializer(
     """Train a learned start: a small network that sees where a robot's keypoints are in a photograph.
 
     It is trained on renders of the self-model with random backgrounds, colours, crops, occluders and cameras; ten
-    minutes on two cores. `kinesplat reconstruct --initializer FILE` then tries its proposals before the search. Interrupted
-    runs go on with --resume.
+    minutes on two cores. `kinesplat reconstruct --initializer FILE` then tries its proposals before the search.
+    Interrupted runs go on with --resume.
 
     Args:
         action: train.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from kinesplat.errors import InputError, ModelFileError
 from kinesplat.inverse.initializer_network import CELLS, SIZE, KeypointNetwork
@@ -33,13 +33,13 @@ class Initializer:
     """A network, the keypoints that it finds, and the robot that it was trained for.
 
     Attributes:
-        network: from pictures to heat maps.
+        network: from pictures to heat maps, as `KeypointNetwork`.
         keypoints: what the heat maps are of.
         joint_names: of the robot.
         provenance: how it was trained.
     """
 
-    network: KeypointNetwork
+    network: nn.Module
     keypoints: Keypoints
     joint_names: tuple[str, ...]
     provenance: Mapping[str, Any]

@@ -52,6 +52,7 @@ def random_pictures(model: SelfModel, keypoints: Keypoints, count: int, generato
     blind = torch.rand(count, generator=generator) < BLIND_SHARE
     camera = _cameras(model, q, blind, generator)
     out = _recoloured(model, generator).render(q, camera, outputs=("rgb", "alpha"), background=(0.0, 0.0, 0.0))
+    assert out.rgb is not None
     assert out.alpha is not None
     alpha = out.alpha.clamp(0.0, 1.0)[..., None]
     p, _ = camera.project(keypoints.in_world(Ts))

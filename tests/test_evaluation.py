@@ -15,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("mujoco_warp", reason="needs mujoco_warp (pip install kinesplat[render])")
 
 from kinesplat import zoo
+from kinesplat.appearance.field import AppearanceField
 from kinesplat.camera import Camera
 from kinesplat.dataset.container import Dataset
 from kinesplat.dataset.generate import write_dataset
@@ -27,6 +28,7 @@ from kinesplat.evaluation.metrics import chamfer, mask_iou, psnr, ssim
 from kinesplat.evaluation.table import Evaluation, evaluate
 from kinesplat.rasterizer import Render
 from kinesplat.self_model import SelfModel
+from kinesplat.skinning import SkinningField
 
 SIZE = 48
 PLAN = Plan(
@@ -217,8 +219,27 @@ def test_look_ups_find_what_is_in_the_library(data: Dataset, model: SelfModel) -
     assert len(set(random_images(library, 500, 0).tolist())) == len(library)
 
 
-def test_only_models_with_an_appearance_field_have_one_to_lose(model: SelfModel) -> None:
+def test_no_deform_is_the_model_without_its_appearance_field(data: Dataset, model: SelfModel) -> None:
     assert without_appearance(model) is None
+    shaded = with_fields(model.subsample(500))
+    rows = {row.name: row for row in evaluate({"paper": shaded}, data, limit=2).rows}
+    plain = rows["paper: no deform (no appearance field)"]
+    assert (
+        plain.psnr_db
+        == evaluate({"x": replace(shaded, appearance=None)}, data, limit=2, baselines=False).rows[0].psnr_db
+    )
+    assert plain.psnr_db != rows["paper"].psnr_db
+    assert plain.chamfer_mm2 == pytest.approx(rows["paper"].chamfer_mm2)  # looks change, places do not
+
+
+def with_fields(model: SelfModel) -> SelfModel:
+    """The splats in the canonical configuration, with untrained skinning and some appearance field."""
+    posed, small = model.posed(model.tree.q_canonical.float()), {"layers": 2, "width": 16, "frequencies": 4}
+    parameters = replace(model.parameters, means=posed.means, quats=posed.quats, sh=posed.sh)
+    appearance = AppearanceField.around(posed.means, model.tree, posed.sh.shape[1], **small)
+    torch.nn.init.normal_(appearance.network.last.bias, std=0.3)
+    skinning = SkinningField.around(posed.means, len(model.tree.link_names), **small)
+    return replace(model, parameters=parameters, skinning=skinning, appearance=appearance)
 
 
 def test_lpips_says_why_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

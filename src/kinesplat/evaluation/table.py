@@ -24,6 +24,7 @@ from kinesplat.evaluation.baselines import (
 )
 from kinesplat.evaluation.lpips import Distance, lpips_distance
 from kinesplat.evaluation.metrics import chamfer, mask_iou, psnr, ssim
+from kinesplat.gaussians import Gaussians
 from kinesplat.rasterizer import Render
 from kinesplat.self_model import SelfModel
 
@@ -51,6 +52,15 @@ class Renderable(Protocol):
 
     def render(self, q: Any, camera: Camera) -> Render:
         """The images of `q` from `camera`, with rgb and alpha."""
+        ...
+
+
+@runtime_checkable
+class Posable(Protocol):
+    """Anything whose splats can be placed in the world."""
+
+    def posed(self, q: Any) -> Gaussians:
+        """The splats of configuration `q`."""
         ...
 
 
@@ -149,7 +159,8 @@ def evaluate(
     """Measure models and baselines on the test images of a data set.
 
     Args:
-        models: by the name that their row gets; anything with ``render(q, camera)``, self-models get more rows.
+        models: by the name that their row gets; anything with ``render(q, camera)``; with ``posed(q)`` there is a
+            Chamfer distance too, and self-models get more rows.
         dataset: whose "test" part is rendered; the baselines look up images of its "train" part.
         limit: measure on so many test images only.
         baselines: also measure what the models have to beat, see `kinesplat.evaluation.baselines`.
@@ -287,7 +298,7 @@ def _surfaces(frames: Frames, dataset: Dataset) -> Surfaces:
 
 def _chamfer(model: Renderable, surfaces: Surfaces) -> float | None:
     """Mean over configurations [mm^2]."""
-    if not isinstance(model, SelfModel | Unmoved):
+    if not isinstance(model, Posable):
         return None
     found = [chamfer(model.posed(q).means, surface) for q, surface in surfaces]
     return 1e6 * sum(found) / len(found)

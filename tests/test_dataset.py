@@ -15,12 +15,15 @@ import torch
 
 pytest.importorskip("mujoco_warp", reason="needs mujoco_warp (pip install kinesplat[render])")
 
+from kinesplat.cli import main
 from kinesplat.dataset.capture import Capture, capture_frames
+from kinesplat.dataset.collision import SelfCollision
 from kinesplat.dataset.container import Dataset
 from kinesplat.dataset.frames import Frames
 from kinesplat.dataset.generate import load_robot, write_dataset
 from kinesplat.dataset.plan import Plan, Shard
 from kinesplat.dataset.shards import read_shard, write_shard
+from kinesplat.description import load_description
 from kinesplat.errors import BackendError, DatasetError, InputError
 from kinesplat.self_model import SelfModel
 from kinesplat.zoo import load as load_model
@@ -35,6 +38,16 @@ PLAN = Plan(
     size=24,
     samples=2,
 )
+
+
+# Three links in a chain; the third can reach the first.
+CHAIN = """<mujoco><compiler angle="radian"/><worldbody><geom type="plane" size="2 2 1"/>
+  <body name="a"><joint name="ja" axis="0 1 0" range="-3 3" limited="true"/>
+    <geom type="capsule" fromto="0 0 0 0.3 0 0" size="0.04"/>
+    <body name="b" pos="0.3 0 0"><joint name="jb" axis="0 1 0" range="-3 3" limited="true"/>
+      <geom type="capsule" fromto="0 0 0 0.3 0 0" size="0.04"/>
+      <body name="c" pos="0.3 0 0"><joint name="jc" axis="0 0 1" range="-3 3" limited="true"/>
+        <geom type="box" pos="0.15 0 0" size="0.15 0.03 0.02"/></body></body></body></worldbody></mujoco>"""
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +309,58 @@ def test_plan_covers_every_configuration_once() -> None:
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     seeds = {plan.generator(s).initial_seed() for s in [*shards, Shard("test", 0, 4, 12)]}
     assert len(seeds) == len(shards) + 1
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["kinesplat", "dataset", *map(str, arguments)])
+    main()
+
+
+def test_command_line_takes_every_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = "--configurations 2 --views 1 --test-configurations 1 --test-views 2 --canonical-views 1 --size 16"
+    more = "--light world --samples 1 --span 0.4 0.6 --near 0 --seed 7 --processes 1 --device cpu --package a=b"
+    command(monkeypatch, "kinearm", "-o", tmp_path / "x", *f"{options} {more}".split(), "--json", tmp_path / "x.json")
+    expected = Plan(
+        robot="kinearm",
+        packages=(("a", "b"),),
+        configurations=2,
+        views=1,
+        test_configurations=1,
+        test_views=2,
+        canonical_views=1,
+        size=16,
+        light="world",
+        samples=1,
+        span=(0.4, 0.6),
+        near=0.0,
+        seed=7,
+    )
+    assert Dataset.open(tmp_path / "x").plan == expected
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert (result["images"], result["configurations"], result["shards"], result["rejected"]) == (5, 4, 3, 0)
+    assert result["bytes"] == sum(path.stat().st_size for path in (tmp_path / "x").glob("*.zip"))
+    said = capsys.readouterr().out
+    assert "5 images of 4 configurations" in said
+    assert "the description has no shapes that can collide" in said
+
+
+def test_command_line_tells_of_collisions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "chain.xml").write_text(CHAIN)
+    options = ["--configurations", "30", "--views", "1", "--canonical-views", "1", "--size", "8", "--samples", "1"]
+    command(monkeypatch, tmp_path / "chain.xml", "-o", tmp_path / "free", *options)
+    data, robot = Dataset.open(tmp_path / "free"), load_description(tmp_path / "chain.xml")
+    assert f"{data.rejected()} configurations rejected (1 pairs" in capsys.readouterr().out
+    assert data.rejected() > 0
+    assert data.plan.test_configurations == 3
+    collision = SelfCollision(robot)
+    assert all(collision.free(data.frames(part).q).all() for part in ("train", "test"))
+    command(monkeypatch, tmp_path / "chain.xml", "-o", tmp_path / "all", "--allow-collisions", *options)
+    assert "not looked for, as asked" in capsys.readouterr().out
+    assert not collision.free(Dataset.open(tmp_path / "all").frames("train").q).all()
 
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:

@@ -68,10 +68,11 @@ def test_robots_without_hinges_have_no_aliases_and_are_searched_all_the_same(kin
 
 
 def test_best_distinct_keeps_the_best_of_every_cluster(kinearm: SelfModel) -> None:
-    centres = torch.randn(5, kinearm.tree.dof) * 10
-    q = (centres[:, None] + 0.001 * torch.randn(5, 40, kinearm.tree.dof)).flatten(0, 1)
+    centres = torch.randn(5, kinearm.tree.dof)
+    q = (centres[:, None] + 0.0001 * torch.randn(5, 40, kinearm.tree.dof)).flatten(0, 1)
     losses = torch.rand(200)
-    kept = best_distinct(states(kinearm.tree, q), losses, 50, 0.5)
+    q[::2, 0] += 2 * math.pi  # full turns are no difference
+    kept = best_distinct(states(kinearm.tree, q), losses, 50, 0.1)
     assert (losses[kept].diff() >= 0).all()
     assert kept[0] == losses.argmin()
     assert len(kept) == 5

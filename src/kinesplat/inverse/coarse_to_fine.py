@@ -1,5 +1,6 @@
 """Coarse to fine: a population of starts, sharpened by least squares at growing image sizes until a few are left."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -121,7 +122,13 @@ def survivors(solution: Solution[Configurations], count: int) -> Integer[Tensor,
 
 
 def same_place(state: Configurations, i: int, j: int, apart: float) -> bool:
-    """Whether two configurations differ by less than `apart` [rad]/[m] in every joint, and their free cameras alike."""
-    joints = (state.q[i] - state.q[j]).abs().max().item() <= apart
+    """Whether two configurations differ by less than `apart` [rad]/[m] in every joint, and their free cameras alike.
+
+    Full turns are no difference.
+    """
+    away = state.q[i] - state.q[j]
+    hinge = torch.tensor([kind == "hinge" for kind in state.tree.joint_types])
+    turned = torch.remainder(away + math.pi, 2.0 * math.pi) - math.pi
+    joints = torch.where(hinge, turned, away).abs().max().item() <= apart
     cameras = (state.T_cam_world[i] - state.T_cam_world[j])[:, :3, :3].abs().max().item() <= apart
     return joints and (cameras or not state.camera_free)

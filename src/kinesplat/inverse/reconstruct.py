@@ -66,6 +66,7 @@ NEAR_ATTEMPTS = (
 GLOBAL_ATTEMPTS = (Attempt(4_096, ROUNDS, GLOBAL_STARTS, GLOBAL_LEVELS),) * 3
 LEARNED_ATTEMPT = Attempt(4_096, (), GLOBAL_STARTS, GLOBAL_LEVELS, learned=True)
 PROPOSED_APART = 0.1
+CONFIRMED = 0.02
 
 
 @torch.no_grad()
@@ -90,7 +91,7 @@ def reconstruct(
     them as starts. Without: searches the whole range of the joints (`kinesplat.inverse.search`), aliases included,
     which takes some twenty thousand small renderings. Either way the survivors are sharpened by Levenberg-Marquardt up
     to 256 px along the longer image side. Where the verdict is not "converged", further attempts follow that search
-    harder, up to three in all. Joint limits are respected.
+    harder, until two agree or three (with an initializer four) are made. Joint limits are respected.
 
     Args:
         model: self-model of the robot.
@@ -141,7 +142,7 @@ def reconstruct(
             )
             fit = _result(objectives[-1], observation.camera, found, time.perf_counter() - began)
             fit = replace(fit, evidence={**fit.evidence, "start": origin(attempts, found, q_init is None)})
-            if fit.verdict == "converged":
+            if fit.verdict == "converged" or confirmed(found):
                 break
     if not optimize_camera:
         model.check_camera(fit.q, fit.camera)
@@ -164,6 +165,12 @@ def planned(q_init: Float[Tensor, "*starts dof"] | None, starts: int | None, lea
     if q_init is not None and torch.as_tensor(q_init).dim() > 1:
         return [attempts[0]]
     return list(attempts)
+
+
+def confirmed(found: list[Refinement]) -> bool:
+    """Whether the last attempt came upon the best answer of those before it, and no better one: looking on is idle."""
+    losses = [f.last.linearization.loss.min().item() for f in found]
+    return len(losses) > 1 and abs(losses[-1] - min(losses[:-1])) <= CONFIRMED * min(losses)
 
 
 def origin(attempts: list[Attempt], found: list[Refinement], global_: bool) -> str:

@@ -187,10 +187,13 @@ def best_distinct(
 ) -> Integer[Tensor, " kept"]:
     """Indices of the `count` lowest losses, best first, each `apart` from all better ones in some joint or direction.
 
-    `apart` is in units of `joint_scale`, and in rad for the directions of free cameras.
+    `apart` is in units of `joint_scale`, and in rad for the directions of free cameras. Full turns are no difference.
     """
     order = losses.argsort()[: 4 * count]
-    places = state.q[order] / joint_scale(state.tree)
+    hinge = torch.tensor([kind == "hinge" for kind in state.tree.joint_types])
+    q = state.q[order]
+    places = torch.cat([torch.where(hinge, q.cos(), q), torch.where(hinge, q.sin(), 0.0)], dim=1)
+    places = places / joint_scale(state.tree).repeat(2)
     if state.camera_free:
         places = torch.cat([places, state.T_cam_world[order, :, :3, :3].flatten(1)], dim=1)
     far = torch.cdist(places, places, p=math.inf) > apart

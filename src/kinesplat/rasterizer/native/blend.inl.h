@@ -251,7 +251,7 @@ void forward_tile_as(const Scene &s, ImageFrame &frame, int image, int tile, Scr
         }
         live = next;
         if (kFull && out.contribution)
-            for (uint32_t i = 0; i < count; ++i) frame.slots[frame.entries[first + i].slot].sum[0] = contribution[i];
+            for (uint32_t i = 0; i < count; ++i) frame.work.slots[frame.entries[first + i].slot].sum[0] = contribution[i];
     }
     frame.staged[tile] = used;
     for (int b = 0; b < kTileBlocks; ++b) {

@@ -168,8 +168,8 @@ void backward_tile_as(const Scene &s, ImageFrame &frame, int image, int tile, Sc
     stage(frame, begin, staged, locals, masks);
     std::memset(sums, 0, staged * sizeof(Slot));
     for (int b = 0; b < kTileBlocks; ++b) backward_block<kDepth>(s, frame, image, tile, b, staged, scratch, in);
-    for (uint32_t i = 0; i < staged; ++i) frame.slots[locals[i].slot] = sums[i];
-    for (uint32_t i = staged; i < count; ++i) std::memset(&frame.slots[frame.entries[begin + i].slot], 0, sizeof(Slot));
+    for (uint32_t i = 0; i < staged; ++i) frame.work.slots[locals[i].slot] = sums[i];
+    for (uint32_t i = staged; i < count; ++i) std::memset(&frame.work.slots[frame.entries[begin + i].slot], 0, sizeof(Slot));
 }
 
 void backward_tile(const Scene &s, ImageFrame &frame, int image, int tile, Scratch &scratch,

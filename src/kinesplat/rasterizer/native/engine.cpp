@@ -25,7 +25,7 @@ void sum_contributions(const Scene &s, const ImageFrame &frame, int image, size_
     for (size_t i = first; i < std::min<size_t>(first + kSplatChunk, static_cast<size_t>(s.n)); ++i) row[i] = 0;
     for (uint32_t i = first; i < first + frame.chunk_visible[chunk]; ++i) {
         float total = 0;
-        for (uint32_t j = 0; j < frame.slot_count[i]; ++j) total += frame.slots[frame.slot_begin[i] + j].sum[0];
+        for (uint32_t j = 0; j < frame.slot_count[i]; ++j) total += frame.work.slots[frame.slot_begin[i] + j].sum[0];
         row[frame.records[i].splat] = total;
     }
 }
@@ -48,11 +48,40 @@ void clear_rows(const Scene &s, const Gradients &out, int set, int sets, size_t 
 constexpr int kTileRun = 4;  // tiles per work unit
 
 template <typename TileWork>
-void for_tiles(const Scene &s, const Options &options, const TileWork &work) {
+void for_tiles(const Scene &s, const Options &options, ImageRange range, const TileWork &work) {
     int runs = (s.tiles() + kTileRun - 1) / kTileRun;
-    for_units(options, s.images * runs, [&](int unit, int) {
-        int image = unit / runs, first = unit % runs * kTileRun;
+    for_units(options, range.count() * runs, [&](int unit, int) {
+        int image = range.first + unit / runs, first = unit % runs * kTileRun;
         for (int tile = first; tile < std::min(first + kTileRun, s.tiles()); ++tile) work(image, tile);
+    });
+}
+
+// Lends the thread's workspace to an image.
+class Loan {
+public:
+    explicit Loan(ImageFrame &image) : image_(image) { std::swap(image_.work, thread_workspace()); }
+    ~Loan() { std::swap(image_.work, thread_workspace()); }
+    Loan(const Loan &) = delete;
+    Loan &operator=(const Loan &) = delete;
+
+private:
+    static Workspace &thread_workspace() {
+        thread_local Workspace workspace;
+        return workspace;
+    }
+    ImageFrame &image_;
+};
+
+// Runs work(options, range) image by image on one thread each where there are enough images to share out, so that an
+// image stays in one cache; else once for all of them on all threads. The result is the same.
+constexpr int kImagesPerThread = 4;
+
+template <typename Work>
+void for_images(const Scene &s, const Options &options, Frame &frame, const Work &work) {
+    if (options.threads > 1 && s.images < kImagesPerThread * options.threads) return work(options, {0, s.images});
+    for_units(options, s.images, [&](int image, int) {
+        Loan loan(frame.images[image]);
+        work(Options{options.kernels, 1}, {image, image + 1});
     });
 }
 
@@ -64,8 +93,8 @@ void add_normal_sums(const Scene &s, const ImageFrame &frame, int image, int run
     std::fill_n(hessian, rows * rows, 0.0);
     out.loss[image] = 0;
     for (int run = 0; run < runs; ++run)
-        for (size_t i = 0; i < frame.normal_sums[run].count; ++i) {
-            const NormalItem &item = frame.normal_sums[run].items[i];
+        for (size_t i = 0; i < frame.work.normal_sums[run].count; ++i) {
+            const NormalItem &item = frame.work.normal_sums[run].items[i];
             if (item.a < 0) {
                 out.loss[image] += item.value[0];
                 continue;
@@ -109,15 +138,19 @@ Scratch &thread_scratch() {
     return scratch;
 }
 
+size_t Workspace::bytes() const {
+    size_t total = culls.bytes() + keys.bytes() + spare_keys.bytes() + slots.bytes() + poses.bytes();
+    for (const NormalSums &n : normal_sums) total += n.items.bytes();
+    for (const Bin &b : bins) total += b.candidates.bytes() + b.tile_counts.bytes();
+    return total;
+}
+
 size_t Frame::bytes() const {
     size_t total = 0;
-    for (const ImageFrame &f : images) {
-        total += f.records.bytes() + f.culls.bytes() + f.chunk_visible.bytes() + f.keys.bytes() +
-                 f.spare_keys.bytes() + f.slot_begin.bytes() + f.slot_count.bytes() + f.tile_begin.bytes() +
-                 f.entries.bytes() + f.coverage.bytes() + f.block_counts.bytes() + f.staged.bytes() + f.slots.bytes() + f.poses.bytes();
-        for (const NormalSums &n : f.normal_sums) total += n.items.bytes();
-        for (const Bin &b : f.bins) total += b.candidates.bytes() + b.tile_counts.bytes();
-    }
+    for (const ImageFrame &f : images)
+        total += f.work.bytes() + f.records.bytes() + f.chunk_visible.bytes() + f.slot_begin.bytes() +
+                 f.slot_count.bytes() + f.tile_begin.bytes() + f.entries.bytes() + f.coverage.bytes() +
+                 f.block_counts.bytes() + f.staged.bytes();
     return total;
 }
 
@@ -166,97 +199,134 @@ const Kernels *find_kernels(const std::string &name) {
     return nullptr;
 }
 
-void forward(const Scene &s, const Options &options, Frame &frame, const Images &out) {
-    prepare(s, options, frame);
-    if (out.contribution)
-        for (ImageFrame &f : frame.images) f.slots.ensure(f.slot_total + 1);
-    for_tiles(s, options, [&](int image, int tile) {
-        options.kernels->forward_tile(s, frame.images[image], image, tile, thread_scratch(), out);
-    });
-    if (!out.contribution) return;
-    int chunks = static_cast<int>(chunk_count(s));
-    for_units(options, s.images * chunks, [&](int unit, int) {
-        sum_contributions(s, frame.images[unit / chunks], unit / chunks, unit % chunks, out.contribution);
+void forward(const Scene &s, const Options &all, Frame &frame, const Images &out) {
+    for_images(s, all, frame, [&](const Options &options, ImageRange range) {
+        prepare(s, options, frame, range);
+        for (int image = range.first; image < range.end && out.contribution; ++image)
+            frame.images[image].work.slots.ensure(frame.images[image].slot_total + 1);
+        for_tiles(s, options, range, [&](int image, int tile) {
+            options.kernels->forward_tile(s, frame.images[image], image, tile, thread_scratch(), out);
+        });
+        if (!out.contribution) return;
+        int chunks = static_cast<int>(chunk_count(s));
+        for_units(options, range.count() * chunks, [&](int unit, int) {
+            int image = range.first + unit / chunks;
+            sum_contributions(s, frame.images[image], image, unit % chunks, out.contribution);
+        });
     });
 }
 
-void backward(const Scene &s, const Options &options, Frame &frame, const ImageGradients &in, const Gradients &out) {
-    const Kernels &k = *options.kernels;
-    for (ImageFrame &f : frame.images) f.slots.ensure(f.slot_total + 1);
-    for_tiles(s, options, [&](int image, int tile) {
-        k.backward_tile(s, frame.images[image], image, tile, thread_scratch(), in);
-    });
-    // Pose sums per (image, chunk), added up in chunk order, so that threads do not matter.
-    size_t chunks = chunk_count(s), row = 12 * static_cast<size_t>(s.links) + 4;
-    bool pose = out.Ts_cam_link || out.K;
-    std::vector<double> sums(pose ? chunks * s.images * row : 0, 0.0);
-    auto do_chunk = [&](int image, size_t chunk) {
+namespace {
+
+// Pose sums per (image, chunk), added up in chunk order, so that threads do not matter.
+class PoseTable {
+public:
+    PoseTable(const Scene &s, const Gradients &out)
+        : scene_(s), out_(out), chunks_(chunk_count(s)), row_(12 * static_cast<size_t>(s.links) + 4) {
+        if (wanted()) sums_.resize(chunks_ * static_cast<size_t>(s.images) * row_, 0.0);
+    }
+    bool wanted() const { return out_.Ts_cam_link || out_.K; }
+
+    PoseSums at(int image, size_t chunk) {
         PoseSums p;
-        double *base = pose ? sums.data() + (image * chunks + chunk) * row : nullptr;
-        p.links = out.Ts_cam_link ? base : nullptr;
-        p.K = out.K ? base + row - 4 : nullptr;
+        double *base = wanted() ? sums_.data() + (static_cast<size_t>(image) * chunks_ + chunk) * row_ : nullptr;
+        p.links = out_.Ts_cam_link ? base : nullptr;
+        p.K = out_.K ? base + row_ - 4 : nullptr;
+        return p;
+    }
+
+    void write(int image) {
+        if (!wanted()) return;
+        size_t first = static_cast<size_t>(image) * chunks_, links = static_cast<size_t>(scene_.links);
+        double *total = sums_.data() + first * row_;
+        for (size_t chunk = 1; chunk < chunks_; ++chunk)
+            for (size_t j = 0; j < row_; ++j) total[j] += sums_[(first + chunk) * row_ + j];
+        if (out_.K) {
+            double *K = out_.K + 9 * image, *v = total + row_ - 4;
+            std::fill_n(K, 9, 0.0);
+            if (chunks_) K[0] = v[0], K[4] = v[1], K[2] = v[2], K[5] = v[3];
+        }
+        if (!out_.Ts_cam_link) return;
+        double *Ts = out_.Ts_cam_link + static_cast<size_t>(image) * links * 16;
+        std::fill_n(Ts, links * 16, 0.0);
+        for (size_t link = 0; chunks_ && link < links; ++link) std::copy_n(total + 12 * link, 12, Ts + 16 * link);
+    }
+
+private:
+    const Scene &scene_;
+    const Gradients &out_;
+    size_t chunks_, row_;
+    std::vector<double> sums_;
+};
+
+}  // namespace
+
+void backward(const Scene &s, const Options &all, Frame &frame, const ImageGradients &in, const Gradients &out) {
+    const Kernels &k = *all.kernels;
+    PoseTable poses(s, out);
+    size_t chunks = chunk_count(s);
+    auto do_tiles = [&](const Options &options, ImageRange range) {
+        for (int image = range.first; image < range.end; ++image)
+            frame.images[image].work.slots.ensure(frame.images[image].slot_total + 1);
+        for_tiles(s, options, range, [&](int image, int tile) {
+            k.backward_tile(s, frame.images[image], image, tile, thread_scratch(), in);
+        });
+    };
+    auto do_chunk = [&](int image, size_t chunk) {
         uint32_t begin = static_cast<uint32_t>(chunk * kSplatChunk);
         const ImageFrame &f = frame.images[image];
-        k.backward_splats(s, f, image, begin, begin + f.chunk_visible[chunk], out, p);
+        k.backward_splats(s, f, image, begin, begin + f.chunk_visible[chunk], out, poses.at(image, chunk));
     };
-    if (out.per_splat()) {  // images that share a set add to the same rows: one unit does them in turn
+    if (!out.per_splat()) {
+        for_images(s, all, frame, [&](const Options &options, ImageRange range) {
+            do_tiles(options, range);
+            for_units(options, range.count() * static_cast<int>(chunks), [&](int unit, int) {
+                do_chunk(range.first + unit / static_cast<int>(chunks), unit % chunks);
+            });
+        });
+    } else {  // images that share a set add to the same rows: one unit does them in turn
+        do_tiles(all, {0, s.images});
         bool shared_rows = out.link_weights != nullptr;
         int sets = shared_rows ? 1 : s.sets;
-        for_units(options, sets * static_cast<int>(chunks), [&](int unit, int) {
+        for_units(all, sets * static_cast<int>(chunks), [&](int unit, int) {
             int set = unit / static_cast<int>(chunks);
             clear_rows(s, out, shared_rows ? 0 : set, shared_rows ? s.sets : 1, unit % chunks);
             for (int image = 0; image < s.images; ++image)
                 if (shared_rows || s.set_of_image[image] == set) do_chunk(image, unit % chunks);
         });
-    } else {
-        for_units(options, s.images * static_cast<int>(chunks),
-                  [&](int unit, int) { do_chunk(unit / static_cast<int>(chunks), unit % chunks); });
     }
-    if (!pose) return;
-    for (int image = 0; image < s.images; ++image) {
-        std::vector<double> total(row, 0.0);
-        for (size_t chunk = 0; chunk < chunks; ++chunk)
-            for (size_t j = 0; j < row; ++j) total[j] += sums[(image * chunks + chunk) * row + j];
-        if (out.K) {
-            double *K = out.K + 9 * image, *v = total.data() + row - 4;
-            std::fill_n(K, 9, 0.0);
-            K[0] = v[0];
-            K[4] = v[1];
-            K[2] = v[2];
-            K[5] = v[3];
-        }
-        if (!out.Ts_cam_link) continue;
-        for (int link = 0; link < s.links; ++link) {
-            double *T = out.Ts_cam_link + (static_cast<size_t>(image) * s.links + link) * 16;
-            std::copy_n(total.data() + 12 * link, 12, T);
-            std::fill_n(T + 12, 4, 0.0);
-        }
-    }
+    for (int image = 0; image < s.images; ++image) poses.write(image);
 }
 
-void normal_equations(const Scene &s, const Options &options, Frame &frame, const Target &target,
+void normal_equations(const Scene &s, const Options &all, Frame &frame, const Target &target,
                       const NormalEquations &out) {
-    prepare(s, options, frame);
-    const Kernels &k = *options.kernels;
-    int chunks = static_cast<int>(chunk_count(s));
-    for (ImageFrame &f : frame.images) f.poses.ensure(static_cast<size_t>(s.n) + 16);
-    for_units(options, s.images * chunks, [&](int unit, int) {
-        int image = unit / chunks, chunk = unit % chunks;
-        ImageFrame &f = frame.images[image];
-        uint32_t begin = static_cast<uint32_t>(chunk * kSplatChunk);
-        k.pose_records(s, f, image, begin, begin + f.chunk_visible[chunk], f.poses.data());
+    const Kernels &k = *all.kernels;
+    int chunks = static_cast<int>(chunk_count(s)), runs = (s.tiles() + kTileRun - 1) / kTileRun;
+    for_images(s, all, frame, [&](const Options &options, ImageRange range) {
+        prepare(s, options, frame, range);
+        for (int image = range.first; image < range.end; ++image) {
+            Workspace &work = frame.images[image].work;
+            work.poses.ensure(static_cast<size_t>(s.n) + 16);
+            if (work.normal_sums.size() < static_cast<size_t>(runs)) work.normal_sums.resize(runs);
+        }
+        for_units(options, range.count() * chunks, [&](int unit, int) {
+            int image = range.first + unit / chunks, chunk = unit % chunks;
+            ImageFrame &f = frame.images[image];
+            uint32_t begin = static_cast<uint32_t>(chunk * kSplatChunk);
+            k.pose_records(s, f, image, begin, begin + f.chunk_visible[chunk], f.work.poses.data());
+        });
+        for_units(options, range.count() * runs, [&](int unit, int) {
+            int image = range.first + unit / runs, run = unit % runs;
+            NormalSums &sums = frame.images[image].work.normal_sums[run];
+            sums.count = 0;
+            for (int tile = run * kTileRun; tile < std::min((run + 1) * kTileRun, s.tiles()); ++tile)
+                k.normal_tile(s, frame.images[image], image, tile, thread_scratch(), target, sums);
+        });
+        for_units(options, range.count(), [&](int i, int) {
+            int image = range.first + i;
+            add_normal_sums(s, frame.images[image], image, runs, out);
+        });
     });
-    int runs = (s.tiles() + kTileRun - 1) / kTileRun;
-    for (ImageFrame &f : frame.images)
-        if (f.normal_sums.size() < static_cast<size_t>(runs)) f.normal_sums.resize(runs);
-    for_units(options, s.images * runs, [&](int unit, int) {
-        int image = unit / runs, run = unit % runs;
-        NormalSums &sums = frame.images[image].normal_sums[run];
-        sums.count = 0;
-        for (int tile = run * kTileRun; tile < std::min((run + 1) * kTileRun, s.tiles()); ++tile)
-            k.normal_tile(s, frame.images[image], image, tile, thread_scratch(), target, sums);
-    });
-    for_units(options, s.images, [&](int image, int) { add_normal_sums(s, frame.images[image], image, runs, out); });
 }
 
 }  // namespace kinesplat

@@ -65,7 +65,12 @@ void for_units(const Options &, int count, const Pool::Work &work);
 Scratch &thread_scratch();
 size_t chunk_count(const Scene &);
 
+struct ImageRange {
+    int first, end;
+    int count() const { return end - first; }
+};
+
 // Projects, sorts and bins: everything of the forward pass before the pixels.
-void prepare(const Scene &, const Options &, Frame &);
+void prepare(const Scene &, const Options &, Frame &, ImageRange);
 
 }  // namespace kinesplat

@@ -248,8 +248,8 @@ KS_INLINE void stage_normal_tile(NormalTile &t) {
     int32_t *links = t.scratch.links.ensure(static_cast<size_t>(t.s.links) + 1);
     int32_t *of_entry = t.scratch.link_of_entry.ensure(count + 1);
     for (uint32_t i = 0; i < count; ++i) {
-        int32_t link = t.frame.poses[locals[i].record].link;
-        int number = i && link == t.frame.poses[locals[i - 1].record].link ? of_entry[i - 1]
+        int32_t link = t.frame.work.poses[locals[i].record].link;
+        int number = i && link == t.frame.work.poses[locals[i - 1].record].link ? of_entry[i - 1]
                                                                           : number_link(links, t.links, link);
         if (number == t.links) links[t.links++] = link;
         of_entry[i] = number;
@@ -329,7 +329,7 @@ void normal_block(NormalTile &t, int b) {
     F *rows = reinterpret_cast<F *>(t.scratch.rows.data());
     for (int i = 0; i < present_count; ++i) {
         int link = present[i];
-        link_rows<kChannels>(locals, list, t.frame.poses.data(), members + static_cast<size_t>(link) * t.staged,
+        link_rows<kChannels>(locals, list, t.frame.work.poses.data(), members + static_cast<size_t>(link) * t.staged,
                              counts[link], t.s.along_axis ? 3 : 0, k, weights, slopes, rows + 24 * link);
     }
     accumulate_links<kChannels>(t, present, present_count, p);

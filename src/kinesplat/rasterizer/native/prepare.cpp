@@ -22,7 +22,7 @@ uint32_t bin_count(uint32_t visible) {
 
 // Stable radix sort of (depth bits << 32 | record) by depth; digits as wide as the range of depths needs.
 void sort_keys(ImageFrame &frame, uint32_t count) {
-    uint64_t *keys = frame.keys.data(), *spare = frame.spare_keys.ensure(count);
+    uint64_t *keys = frame.work.keys.data(), *spare = frame.work.spare_keys.ensure(count);
     if (count < 2) return;
     uint32_t low = UINT32_MAX, high = 0;
     for (uint32_t i = 0; i < count; ++i) {
@@ -54,11 +54,11 @@ void sort_keys(ImageFrame &frame, uint32_t count) {
         }
         std::swap(keys, spare);
     }
-    if (keys != frame.keys.data()) std::swap(frame.keys, frame.spare_keys);
+    if (keys != frame.work.keys.data()) std::swap(frame.work.keys, frame.work.spare_keys);
 }
 
 void collect_and_sort(const Scene &s, ImageFrame &frame) {
-    uint64_t *keys = frame.keys.ensure(static_cast<size_t>(s.n) + 1);
+    uint64_t *keys = frame.work.keys.ensure(static_cast<size_t>(s.n) + 1);
     uint32_t count = 0;
     for (size_t chunk = 0; chunk < chunk_count(s); ++chunk) {
         uint32_t first = static_cast<uint32_t>(chunk * kSplatChunk);
@@ -70,7 +70,7 @@ void collect_and_sort(const Scene &s, ImageFrame &frame) {
     }
     frame.visible = count;
     sort_keys(frame, count);
-    if (frame.bins.size() < bin_count(count)) frame.bins.resize(bin_count(count));
+    if (frame.work.bins.size() < bin_count(count)) frame.work.bins.resize(bin_count(count));
 }
 
 // Slots in the order of the records, so that the splats' backward pass reads them in sequence.
@@ -92,8 +92,8 @@ void place_tiles(const Scene &s, ImageFrame &frame) {
     for (int tile = 0; tile < s.tiles(); ++tile) {
         begin[tile] = total;
         for (uint32_t b = 0; b < bins; ++b) {
-            uint32_t here = frame.bins[b].tile_counts[tile];
-            frame.bins[b].tile_counts[tile] = total;
+            uint32_t here = frame.work.bins[b].tile_counts[tile];
+            frame.work.bins[b].tile_counts[tile] = total;
             total += here;
         }
     }
@@ -108,7 +108,7 @@ void place_tiles(const Scene &s, ImageFrame &frame) {
 }
 
 void scatter_entries(ImageFrame &frame, uint32_t b) {
-    Bin &bin = frame.bins[b];
+    Bin &bin = frame.work.bins[b];
     uint32_t slot = 0, record = UINT32_MAX;
     for (uint32_t i = 0; i < bin.count; ++i) {
         const Candidate &c = bin.candidates[i];
@@ -123,42 +123,46 @@ struct Parts {
     std::vector<std::pair<int, uint32_t>> units;
 };
 
-Parts bin_parts(const Frame &frame, int images) {
+Parts bin_parts(const Frame &frame, ImageRange range) {
     Parts parts;
-    for (int image = 0; image < images; ++image)
+    for (int image = range.first; image < range.end; ++image)
         for (uint32_t b = 0; b < bin_count(frame.images[image].visible); ++b) parts.units.emplace_back(image, b);
     return parts;
 }
 
 }  // namespace
 
-void prepare(const Scene &s, const Options &options, Frame &frame) {
+void prepare(const Scene &s, const Options &options, Frame &frame, ImageRange range) {
     const Kernels &k = *options.kernels;
     int chunks = static_cast<int>(chunk_count(s));
-    for (ImageFrame &f : frame.images) {
+    for (int image = range.first; image < range.end; ++image) {
+        ImageFrame &f = frame.images[image];
         size_t n = static_cast<size_t>(s.n) + 16;
         f.records.ensure(n);
-        f.culls.ensure(n);
+        f.work.culls.ensure(n);
         f.slot_begin.ensure(n);
         f.slot_count.ensure(n);
         f.chunk_visible.ensure(static_cast<size_t>(chunks) + 1);
     }
-    for_units(options, s.images * chunks, [&](int unit, int) {
-        int image = unit / chunks, chunk = unit % chunks, begin = chunk * kSplatChunk;
+    for_units(options, range.count() * chunks, [&](int unit, int) {
+        int image = range.first + unit / chunks, chunk = unit % chunks, begin = chunk * kSplatChunk;
         ImageFrame &f = frame.images[image];
         f.chunk_visible[chunk] =
-            k.project(s, image, begin, std::min(begin + kSplatChunk, s.n), f.records.data(), f.culls.data());
+            k.project(s, image, begin, std::min(begin + kSplatChunk, s.n), f.records.data(), f.work.culls.data());
     });
-    for_units(options, s.images, [&](int image, int) { collect_and_sort(s, frame.images[image]); });
-    Parts parts = bin_parts(frame, s.images);
+    auto for_images = [&](auto work) {
+        for_units(options, range.count(), [&](int i, int) { work(frame.images[range.first + i]); });
+    };
+    for_images([&](ImageFrame &f) { collect_and_sort(s, f); });
+    Parts parts = bin_parts(frame, range);
     int units = static_cast<int>(parts.units.size());
     for_units(options, units, [&](int unit, int) {
         auto [image, b] = parts.units[unit];
         ImageFrame &f = frame.images[image];
         uint32_t run = bin_run_length(f.visible);
-        k.bin(s, f, f.bins[b], b * run, std::min(f.visible, (b + 1) * run));
+        k.bin(s, f, f.work.bins[b], b * run, std::min(f.visible, (b + 1) * run));
     });
-    for_units(options, s.images, [&](int image, int) { place_tiles(s, frame.images[image]); });
+    for_images([&](ImageFrame &f) { place_tiles(s, f); });
     for_units(options, units, [&](int unit, int) {
         auto [image, b] = parts.units[unit];
         scatter_entries(frame.images[image], b);

@@ -46,7 +46,7 @@ StageTimes profile_stages(const Scene &s, const Options &options, int repeats) {
 
     StageTimes t;
     Options one{options.kernels, 1};
-    t.prepare = shortest(repeats, [&] { prepare(s, one, *frame); });
+    t.prepare = shortest(repeats, [&] { prepare(s, one, *frame, {0, s.images}); });
     Scratch &scratch = thread_scratch();
     t.forward_blend = shortest(repeats, [&] {
         for_each_tile(s, [&](int image, int tile) {
@@ -54,7 +54,7 @@ StageTimes profile_stages(const Scene &s, const Options &options, int repeats) {
         });
     });
     for (ImageFrame &f : frame->images) {
-        f.slots.ensure(f.slot_total + 1);
+        f.work.slots.ensure(f.slot_total + 1);
         for (int block = 0; block < s.tiles() * kTileBlocks; ++block) t.lane_evaluations += 16.0 * f.block_counts[block];
     }
     t.backward_blend = shortest(repeats, [&] {

@@ -140,9 +140,9 @@ KS_INLINE uint32_t blocks_inside(const Scene &s, int tx, int ty) {
     for (int t = 0; t < s.tiles(); ++t) counts[t] = 0;
     uint32_t total = 0;
     for (uint32_t i = begin; i < end; ++i) {
-        uint32_t record = static_cast<uint32_t>(frame.keys[i]);
-        __builtin_prefetch(&frame.culls[static_cast<uint32_t>(frame.keys[i + kCullPrefetch < end ? i + kCullPrefetch : i])]);
-        const Cull &c = frame.culls[record];
+        uint32_t record = static_cast<uint32_t>(frame.work.keys[i]);
+        __builtin_prefetch(&frame.work.culls[static_cast<uint32_t>(frame.work.keys[i + kCullPrefetch < end ? i + kCullPrefetch : i])]);
+        const Cull &c = frame.work.culls[record];
         int x0 = static_cast<int>(c.tile[0]), x1 = static_cast<int>(c.tile[1]);
         int y0 = static_cast<int>(c.tile[2]), y1 = static_cast<int>(c.tile[3]);
         F ratio_x = set1(c.ratio_x), ratio_y = set1(c.ratio_y);

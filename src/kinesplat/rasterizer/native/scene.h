@@ -152,21 +152,28 @@ struct Bin {  // candidates of a run of depth-sorted splats, and how many fall i
     uint32_t count = 0;
 };
 
-struct ImageFrame {
-    Buffer<Record> records;
+// What one image needs during a call alone. Where a thread takes whole images it lends each its own, which stays in
+// its cache.
+struct Workspace {
     Buffer<Cull> culls;
-    Buffer<uint32_t> chunk_visible;
     Buffer<uint64_t> keys, spare_keys;
-    Buffer<uint32_t> slot_begin, slot_count;  // per record
     std::vector<Bin> bins;
+    Buffer<Slot> slots;
+    Buffer<PoseRecord> poses;             // only for normal equations
+    std::vector<NormalSums> normal_sums;  // per run of tiles
+    size_t bytes() const;
+};
+
+struct ImageFrame {
+    Workspace work;
+    Buffer<Record> records;
+    Buffer<uint32_t> chunk_visible;
+    Buffer<uint32_t> slot_begin, slot_count;  // per record
     Buffer<uint32_t> tile_begin;
     Buffer<Entry> entries;
     Buffer<float> coverage;        // sum of weights, (tiles, blocks, 16); only with depth
     Buffer<uint32_t> staged;       // splats of each tile up to the last that was composited
     Buffer<uint32_t> block_counts; // list entries processed, (tiles, blocks)
-    Buffer<Slot> slots;
-    Buffer<PoseRecord> poses;      // only for normal equations
-    std::vector<NormalSums> normal_sums;  // per run of tiles
     uint32_t visible = 0, slot_total = 0;
 };
 

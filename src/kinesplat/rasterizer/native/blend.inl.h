@@ -22,7 +22,7 @@ KS_INLINE void lane_offsets(F &x, F &y) {
 struct Block {  // where a block lies
     int x, y;        // first pixel in the image
     int width, height;  // pixels inside the image, up to 4
-    F local_x, local_y;  // pixel centres from the tile's corner
+    F local_x, local_y;  // pixel centres from the tile's centre
     uint32_t inside;
 };
 
@@ -35,8 +35,8 @@ KS_INLINE Block block_at(const Scene &s, int tile, int b) {
     k.height = s.height - k.y < kBlock ? s.height - k.y : kBlock;
     F x, y;
     lane_offsets(x, y);
-    k.local_x = x + set1(static_cast<float>(bx) + 0.5f);
-    k.local_y = y + set1(static_cast<float>(by) + 0.5f);
+    k.local_x = x + set1(static_cast<float>(bx) + 0.5f - kHalfTile);
+    k.local_y = y + set1(static_cast<float>(by) + 0.5f - kHalfTile);
     k.inside = 0xffff;
     if (k.width < kBlock || k.height < kBlock) {
         k.inside = 0;

@@ -150,7 +150,8 @@ void backward_block(const Scene &s, const ImageFrame &frame, int image, int tile
     size_t tail = (rows - static_cast<size_t>(count)) * 16;
     std::memset(alphas + static_cast<size_t>(count) * 16, 0, tail * sizeof(float));
     std::memset(weights + static_cast<size_t>(count) * 16, 0, tail * sizeof(float));
-    float cx = static_cast<float>(b % 4 * kBlock) + 2.0f, cy = static_cast<float>(b / 4 * kBlock) + 2.0f;
+    float cx = static_cast<float>(b % 4 * kBlock) + 2.0f - kHalfTile;
+    float cy = static_cast<float>(b / 4 * kBlock) + 2.0f - kHalfTile;
     for (int i = 0; i < count; i += 16)
         reduce_group<kDepth>(locals, list + i, count - i < 16 ? count - i : 16, cx, cy, grad, alphas + 16 * i,
                              weights + 16 * i, scratch.sums.data());

@@ -15,6 +15,7 @@ constexpr double kWhitening2 = 0.72134752044448170368; // log2(e)/2: 2^-(u^2+v^2
 constexpr int kLanes = 16;       // one vector: the pixels of a block, or 16 splats
 constexpr int kBlock = 4;        // pixels along a block
 constexpr int kTile = 16;        // pixels along a tile
+constexpr float kHalfTile = 8.0f;
 constexpr int kTileBlocks = 16;  // blocks of a tile
 constexpr int kMaxLinksPerSplat = 4;
 constexpr int kMaxCoefficients = 16;

@@ -131,8 +131,8 @@ KS_INLINE uint32_t blocks_inside(const Scene &s, int tx, int ty) {
 [[gnu::noinline]] void bin_run(const Scene &s, ImageFrame &frame, Bin &bin, uint32_t begin, uint32_t end) {
     alignas(64) float block_x[16], block_y[16];
     for (int b = 0; b < 16; ++b) {
-        block_x[b] = static_cast<float>(b % 4 * kBlock) + 0.5f;
-        block_y[b] = static_cast<float>(b / 4 * kBlock) + 0.5f;
+        block_x[b] = static_cast<float>(b % 4 * kBlock) + 0.5f - kHalfTile;
+        block_y[b] = static_cast<float>(b / 4 * kBlock) + 0.5f - kHalfTile;
     }
     const F bx = load(block_x), by = load(block_y);
     int tiles_x = s.tiles_x();
@@ -150,7 +150,7 @@ KS_INLINE uint32_t blocks_inside(const Scene &s, int tx, int ty) {
         uint32_t first = total;
         for (int ty = y0; ty <= y1; ++ty)
             for (int tx = x0; tx <= x1; ++tx) {
-                double dx = tx * kTile - c.mean_x, dy = ty * kTile - c.mean_y;
+                double dx = tx * kTile + kHalfTile - c.mean_x, dy = ty * kTile + kHalfTile - c.mean_y;
                 float u = static_cast<float>(c.p * dx + c.q * dy), v = static_cast<float>(c.r * dy);
                 uint32_t mask = block_mask(bx, by, c, ratio_x, ratio_y, dx, dy, u, v);
                 bool edge = (tx + 1) * kTile > s.width || (ty + 1) * kTile > s.height;

@@ -103,7 +103,7 @@ struct Cull {
     float tile[4];             // first and last tile of its bounding box: x, x, y, y
 };
 
-struct Entry {  // splat of a tile; u, v at the tile's corner; bit b of mask: reaches block b
+struct Entry {  // splat of a tile; u, v at the tile's centre; bit b of mask: reaches block b
     uint32_t record, slot;
     float u, v;
     uint32_t mask;

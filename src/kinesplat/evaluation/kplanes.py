@@ -175,10 +175,16 @@ class KPlanesModel:
         return rasterize(self.posed(q), camera, background, eps2d=self.eps2d, outputs=outputs)
 
 
-def kplanes_settings() -> JointSettings:
-    """The rates of the joint stage: splats as in the recipe `paper`, planes as K-planes are usually trained."""
+def kplanes_settings(model: KPlanesModel) -> JointSettings:
+    """The rates of the joint stage: those of the recipe `paper` for the splats, and for the planes what K-planes take.
+
+    That is 1e-2 with the six planes of space and time. A product of hundreds of planes would explode at this rate (24
+    joints make 351), so it is divided by their number: a step then changes the product as much as with six.
+    """
     rates = Rates(means=4e-4, quats=3e-3, log_scales=1e-2, logit_opacities=2e-2, sh=5e-3)
-    return JointSettings(rates, {"planes": 1e-2, "decoder": 1e-3})
+    dof = model.tree.dof
+    planes = 3 + 3 * dof + len(model.planes.pairs)
+    return JointSettings(rates, {"planes": 1e-2 * min(1.0, 6.0 / planes), "decoder": 1e-3})
 
 
 def _hats(at: Float[Tensor, " n"], cells: int) -> Float[Tensor, "n cells"]:

@@ -100,6 +100,18 @@ def test_the_paper_recipe_gets_what_it_needs(data: Path, tmp_path: Path, monkeyp
     assert SelfModel.load(tmp_path / "m.safetensors").provenance["recipe"] == "paper"
 
 
+def test_a_skinning_field_on_request(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.safetensors"
+    result = kinesplat("train", data, "-o", out, "--steps", 2, "--skinning", "field", "--json", tmp_path / "r.json")
+    assert result.returncode == 0, result.stderr
+    model = SelfModel.load(out)
+    assert model.skinning is not None
+    assert model.provenance["skinning"] == "field"
+    assert json.loads((tmp_path / "r.json").read_text())["steps"] == 2
+    message = one_line(kinesplat("train", data, "-o", out, "--recipe", "paper", "--skinning", "links"))
+    assert "knows no skinning 'links'" in message
+
+
 def test_train_without_a_file_leaves_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = ks.train(data, options=TrainingOptions(steps=4, default=SMALL))

@@ -68,7 +68,7 @@ def test_joint_training_improves_what_it_has_not_seen(robot: Robot, data: tuple[
     list(fit_by_labels(skinning, robot.tree, cloud, Budget(steps=150), points=600, learning_rate=1e-2))
     model = SelfModel(robot.tree, start, cloud.link_index, 0.3, skinning=skinning)
     before = mean_psnr(model, validation)
-    trained = fit_jointly(model, frames, validation, Budget(steps=60), SMALL.joint)
+    trained, _ = fit_jointly(model, frames, validation, Budget(steps=60), SMALL.joint)
     assert mean_psnr(trained, validation) > before + 1.5
     assert trained.skinning is skinning
 
@@ -150,7 +150,7 @@ def test_early_stop_returns_the_best(robot: Robot, data: tuple[Frames, Frames, F
     rates = replace(SMALL.joint.rates, means=3.0, logit_opacities=3.0)
     settings = replace(SMALL.joint, rates=rates, patience=2, last_share=1.0)
     looks: list[int] = []
-    trained = fit_jointly(
+    trained, _ = fit_jointly(
         model, frames, validation, Budget(steps=500), settings, log=lambda step, values: looks.append(step)
     )
     assert looks[-1] < 300
@@ -251,6 +251,6 @@ def test_kplanes_learn_a_motion(robot: Robot, kinearm: SelfModel) -> None:
     settings = replace(kplanes_settings(model), validate_every=30, network_rates={"planes": 1e-2, "decoder": 5e-3})
     before = mean_psnr(model, frames)
     still = replace(kplanes_settings(model), validate_every=30, network_rates={"planes": 0.0, "decoder": 0.0})
-    fixed = fit_jointly(model, frames, frames, Budget(steps=90), still)
-    moving = fit_jointly(model, frames, frames, Budget(steps=90), settings)
+    fixed, _ = fit_jointly(model, frames, frames, Budget(steps=90), still)
+    moving, _ = fit_jointly(model, frames, frames, Budget(steps=90), settings)
     assert before < mean_psnr(fixed, frames) + 0.4 < mean_psnr(moving, frames)

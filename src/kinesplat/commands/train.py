@@ -18,6 +18,7 @@ def train(
     steps: int | None = None,
     configurations: int = 500,
     views: int = 3,
+    skinning: Literal["links", "field"] | None = None,
     resume: bool = False,
     package: tuple[str, ...] = (),
     *,
@@ -37,11 +38,14 @@ def train(
         steps: number of steps.
         configurations: how many to render where a robot is given.
         views: pictures of each of them.
+        skinning: links binds every splat to one link; field blends links by a field of weights, learnt from the links
+            of the meshes and then from the pictures, for bodies that do not come in rigid pieces. By default links,
+            and field with recipe paper.
         resume: go on from the checkpoint in OUTPUT.training; starts afresh where there is none.
         package: NAME=FOLDER of ROS packages that package:// refers to.
     """
     device_of(common)
-    options = TrainingOptions(steps, minutes, configurations, views)
+    options = TrainingOptions(steps, minutes, configurations, views, skinning)
     _ = options.budget  # refuses one without end before anything is rendered
     packages = packages_of(package)
     total = sum(shard.images for shard in plan_of(robot, options, packages, common.seed).shards())

@@ -100,7 +100,7 @@ def train_with_field(
             write_checkpoint(path, {**joint, "link_index": start.link_index})
 
     with Log(folder, 0 if state is None else state["step"]) as log:
-        trained = fit_jointly(
+        trained, made = fit_jointly(
             start,
             frames,
             validation,
@@ -112,4 +112,4 @@ def train_with_field(
             checkpoint=keep,
             log=log.write,
         )
-    return bound_to_heaviest(trained)
+    return bound_to_heaviest(replace(trained, provenance={**model.provenance, **made}))

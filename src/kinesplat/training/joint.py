@@ -1,5 +1,6 @@
 """Fitting a model's splats and networks to pictures of many configurations, all at once (Liu et al. 2024, eq. 7)."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
@@ -167,10 +168,27 @@ def fit_jointly(
     resume: Mapping[str, Any] | None = None,
     checkpoint: Callable[[Mapping[str, Any]], None] | None = None,
     log: Callable[[int, Mapping[str, float]], None] | None = None,
-) -> Model:
+) -> tuple[Model, dict[str, int | float]]:
     """Splats and networks against the pictures until the validation pictures improve no more, or the budget ends.
 
-    Returns the model of the best validation (its networks are those of the argument, trained).
+    Args:
+        model: where to start; its networks are trained in place.
+        frames: pictures of many configurations.
+        validation: pictures of others.
+        budget: when to stop at the latest.
+        settings: how to learn.
+        seed: of the order of configurations.
+        progress: show a bar.
+        resume: what `checkpoint` was last given.
+        checkpoint: called with the whole state at every look at the validation pictures.
+        log: called with the step and scalars then.
+
+    Returns:
+        The model that did best on the validation pictures; and ``steps``, ``training_seconds``, and its
+        ``validation_psnr_db``.
+
+    Raises:
+        TrainingError: the loss became NaN; names the step.
     """
     fit, stop = JointFit(model, frames, settings, seed), EarlyStop(settings.patience)
     done, seconds = 0, 0.0
@@ -180,6 +198,7 @@ def fit_jointly(
         stop.best, stop.waited = resume["best"], resume["waited"]
     best = resume["best_state"] if resume is not None else deepcopy(fit.state_dict())
     for tick in fit.steps(budget, done=done, seconds=seconds, progress=progress):
+        done, seconds = tick.step, tick.seconds
         if not tick.due(settings.validate_every):
             continue
         value = mean_psnr(fit.model, validation)
@@ -193,7 +212,10 @@ def fit_jointly(
         if stop.stop:
             break
     fit.load_state_dict(best)
-    return fit.model
+    made: dict[str, int | float] = {"steps": done, "training_seconds": round(seconds, 1)}
+    if math.isfinite(stop.best):
+        made["validation_psnr_db"] = round(-10.0 * math.log10(stop.best), 2)
+    return fit.model, made
 
 
 @torch.no_grad()

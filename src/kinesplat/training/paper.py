@@ -13,7 +13,7 @@ make one step, layers in bfloat16 while training.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def train_paper(
         keep(skinning=_skinning(robot, settings, device, seed, progress).state_dict())
     model = _assembled(robot, state, settings, device, seed)
     with Log(folder, state.get("joint", {}).get("step", 0)) as log:
-        trained = fit_jointly(
+        trained, made = fit_jointly(
             model,
             frames,
             validation,
@@ -144,7 +144,7 @@ def train_paper(
             checkpoint=lambda joint: keep(joint=joint),
             log=log.write,
         )
-    return bound_to_heaviest(trained)
+    return bound_to_heaviest(replace(trained, provenance={**model.provenance, **made}))
 
 
 def _skinning(robot: Robot, settings: PaperSettings, device: str, seed: int, progress: bool) -> SkinningField:

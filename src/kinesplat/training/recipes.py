@@ -17,10 +17,12 @@ from kinesplat.devices import DeviceName, resolve_device
 from kinesplat.errors import InputError, unknown
 from kinesplat.self_model import SelfModel
 from kinesplat.training.default import CHECKPOINT, DefaultSettings, fit_splats
+from kinesplat.training.field import train_with_field
 from kinesplat.training.loop import Budget
 from kinesplat.training.paper import PaperSettings, train_paper
 
 Recipe = Literal["default", "paper"]
+Skinning = Literal["links", "field"]
 DEFAULT_MINUTES = 5.0
 ON_THE_FLY = (500, 3)
 """Configurations and views that are rendered where no data set is given."""
@@ -35,6 +37,8 @@ class TrainingOptions:
         minutes: wall clock of the training itself; `DEFAULT_MINUTES` where neither is given.
         configurations: rendered for training where no data set is given.
         views: of each of them.
+        skinning: "links" binds every splat to its link, "field" blends links by a field of weights; None is the
+            recipe's own way: links in "default", a field in "paper".
         default: settings of the default recipe.
         paper: settings of the paper's.
     """
@@ -43,6 +47,7 @@ class TrainingOptions:
     minutes: float | None = None
     configurations: int = ON_THE_FLY[0]
     views: int = ON_THE_FLY[1]
+    skinning: Skinning | None = None
     default: DefaultSettings = field(default_factory=lambda: DefaultSettings())
     paper: PaperSettings = field(default_factory=PaperSettings)
 
@@ -95,6 +100,10 @@ def train(
     if resume and out is None:
         raise InputError("resume needs out: the checkpoint lies beside it")
     options = options or TrainingOptions()
+    if options.skinning not in (None, *get_args(Skinning)):
+        raise InputError(unknown("skinning", options.skinning, get_args(Skinning)))
+    if (recipe, options.skinning) == ("paper", "links"):
+        raise InputError("the recipe 'paper' learns a skinning field; it knows no skinning 'links'")
     budget = options.budget  # refuses one without end before anything is rendered
     with tempfile.TemporaryDirectory() if out is None else nullcontext(make_work_folder(out)) as name:
         folder = Path(name)
@@ -201,6 +210,10 @@ def _by_recipe(
             progress=progress,
         ).to("cpu")
     start = SelfModel.from_description(robot, n=options.default.start, seed=seed).to(target)
+    if options.skinning == "field":
+        return train_with_field(
+            start, frames, validation, budget, folder=folder, resume=resume, seed=seed, progress=progress
+        ).to("cpu")
     return fit_splats(
         start,
         frames,
@@ -218,6 +231,7 @@ def _provenance(recipe: Recipe, data: Dataset, options: TrainingOptions, seed: i
     plan, budget = data.plan, options.budget
     return {
         "recipe": recipe,
+        "skinning": options.skinning or ("field" if recipe == "paper" else "links"),
         "budget": {"steps": budget.steps, "minutes": budget.minutes},
         "seed": seed,
         "light": plan.light,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kinesplat import __version__
 from kinesplat.appearance.field import AppearanceField
+from kinesplat.appearance.shader import Shader, lit
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError, ModelFileError
 from kinesplat.gaussians import PARAMETERS, Gaussians, Parameters
@@ -21,7 +22,7 @@ from kinesplat.model_file import read_model_file, write_model_file
 from kinesplat.rasterizer import DEFAULT_OUTPUTS, WHITE, Render, rasterize_links
 from kinesplat.rasterizer.render import Background
 from kinesplat.skinning import SkinningField, blend_gaussians, link_motions, pose_gaussians
-from kinesplat.surface.merging import merge_splats
+from kinesplat.surface.merging import merge_splats, nearest_splats
 from kinesplat.surface.patches import OVERLAP
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 EPS2D = 0.01
 NEAR = 0.01
 _HALF = ("quats", "log_scales", "logit_opacities", "sh")
+_NETWORKS: dict[str, Any] = {"skinning": SkinningField, "appearance": AppearanceField, "shader": Shader}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class SelfModel:
         provenance: where the model comes from: robot, source, licence of the description, recipe, ...
         skinning: how splats follow several links at once; None where each is bound to its link.
         appearance: how their looks change with the configuration, of a model with a skinning field.
+        shader: light that is fixed in the world, of a model whose splats are bound to links; None under a headlight.
     """
 
     tree: KinematicTree
@@ -54,6 +57,7 @@ class SelfModel:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     skinning: SkinningField | None = None
     appearance: AppearanceField | None = None
+    shader: Shader | None = None
 
     @classmethod
     def from_description(cls, robot: "kinesplat.description.Robot", n: int = 10_000, seed: int = 0) -> "SelfModel":
@@ -98,7 +102,8 @@ class SelfModel:
         if self.skinning is not None:
             return self._posed_by_fields(gaussians, self.skinning, q, T_world_base)
         Ts_world_link = self.tree.forward_kinematics(q, T_world_base).to(gaussians.means.dtype)
-        return pose_gaussians(gaussians, self.link_index, Ts_world_link)
+        posed = pose_gaussians(gaussians, self.link_index, Ts_world_link)
+        return posed if self.shader is None else lit(posed, self.shader(gaussians, self.link_index, Ts_world_link))
 
     def _posed_by_fields(
         self, gaussians: Gaussians, skinning: SkinningField, q: Tensor, T_world_base: Tensor | None
@@ -140,6 +145,8 @@ class SelfModel:
         gaussians, Ts = self.parameters.activate(), self.tree.forward_kinematics(q, T_world_base)
         if self.skinning is not None:  # posed in the world, but told apart by link
             gaussians, Ts = self.posed(q, T_world_base), torch.eye(4).to(gaussians.means).expand(Ts.shape[-3], 4, 4)
+        elif self.shader is not None:
+            gaussians = lit(gaussians, self.shader(gaussians, self.link_index, Ts))
         return rasterize_links(
             gaussians,
             self.link_index,
@@ -154,8 +161,7 @@ class SelfModel:
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
         """The networks that the model has, by the name of their attribute."""
-        both = {"skinning": self.skinning, "appearance": self.appearance}
-        return {name: network for name, network in both.items() if network is not None}
+        return {name: getattr(self, name) for name in _NETWORKS if getattr(self, name) is not None}
 
     def check_camera(
         self, q: Float[Tensor, " dof"], camera: Camera, T_world_base: Float[Tensor, "4 4"] | None = None
@@ -187,7 +193,10 @@ class SelfModel:
         if n >= len(self.parameters):
             return self
         parameters, link_index = merge_splats(self.parameters, self.link_index, len(self.tree.link_names), n, seed)
-        return replace(self, parameters=parameters, link_index=link_index)
+        shader = self.shader
+        if shader is not None:
+            shader = shader.select(nearest_splats(self.parameters.means, self.link_index, parameters.means, link_index))
+        return replace(self, parameters=parameters, link_index=link_index, shader=shader)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "SelfModel":
         """The same model with its splats on another device or in another dtype; the tree answers in q's."""
@@ -211,6 +220,8 @@ class SelfModel:
         tree = {f"tree.{name}": tensor for name, tensor in self.tree.to_tensors().items()}
         for name, network in self.networks.items():
             splats |= {f"{name}.{key}": tensor for key, tensor in network.state_dict().items()}
+        if half and self.shader is not None:
+            splats["shader.sh"] = self.shader.sh.half()
         header = {
             "eps2d": self.eps2d,
             "sh_direction": self.parameters.sh_direction,
@@ -231,8 +242,8 @@ class SelfModel:
             direction = header.get("sh_direction", "splat")  # version 1 knew no other
             parameters = Parameters(*(tensors[name].float() for name in PARAMETERS), sh_direction=direction)
             link_index, eps2d = tensors["link_index"].long(), float(header["eps2d"])
-            skinning, appearance = _read_networks(tensors)
-            model = cls(tree, parameters, link_index, eps2d, header["provenance"], skinning, appearance)
+            networks = {name: kind.like(s) for name, kind in _NETWORKS.items() if (s := _part(tensors, name))}
+            model = cls(tree, parameters, link_index, eps2d, header["provenance"], **networks)
         except KeyError as error:
             raise ModelFileError(f"{path}: {error} is missing") from error
         except (ModelFileError, RuntimeError) as error:
@@ -241,13 +252,9 @@ class SelfModel:
         return model
 
 
-def _read_networks(tensors: Mapping[str, Tensor]) -> tuple[SkinningField | None, AppearanceField | None]:
-    states = {
-        prefix: {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        for prefix in ("skinning.", "appearance.")
-    }
-    skinning, appearance = states.values()
-    return SkinningField.like(skinning) if skinning else None, AppearanceField.like(appearance) if appearance else None
+def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of one network, under their own names."""
+    return {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
 
 
 def _check_contents(model: SelfModel, path: str | Path) -> None:

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from scipy.spatial import KDTree
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
@@ -47,6 +48,22 @@ def merge_splats(
     merged = replace(parameters, **{name: torch.cat([getattr(p, name) for p in parts]) for name in PARAMETERS})
     device, dtype = parameters.means.device, parameters.means.dtype
     return merged.to(device, dtype), torch.from_numpy(np.repeat(np.arange(links), counts)).to(link_index)
+
+
+def nearest_splats(
+    means: Float[Tensor, "m 3"],
+    link_index: Int[Tensor, " m"],
+    merged: Float[Tensor, "n 3"],
+    merged_link_index: Int[Tensor, " n"],
+) -> Int[Tensor, " n"]:
+    """For each merged splat the nearest of the original ones on its link."""
+    nearest = torch.zeros(len(merged), dtype=torch.long)
+    for link in merged_link_index.unique():
+        of_link = torch.nonzero(link_index == link)[:, 0].cpu()
+        rows = torch.nonzero(merged_link_index == link)[:, 0].cpu()
+        tree = KDTree(means.detach().cpu()[of_link].numpy())
+        nearest[rows] = of_link[torch.from_numpy(tree.query(merged.detach().cpu()[rows].numpy())[1])]
+    return nearest.to(means.device)
 
 
 def _merge(splats: Parameters, count: int, rng: np.random.Generator) -> Parameters:

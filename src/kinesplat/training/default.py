@@ -16,9 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kinesplat.appearance.shader import Shader, lit, split_headlight
 from kinesplat.dataset.frames import Frames
+from kinesplat.dataset.lights import HEADLIGHT_AMBIENT, HEADLIGHT_DIFFUSE
 from kinesplat.gaussians import Parameters
 from kinesplat.rasterizer import rasterize_links
+from kinesplat.rasterizer.projection import quats_to_rotations
 from kinesplat.self_model import SelfModel
 from kinesplat.training.checkpoint import read_checkpoint, write_checkpoint
 from kinesplat.training.density import choose, halves, worth_of
@@ -27,6 +30,8 @@ from kinesplat.training.splat_optimizer import Rates, SplatOptimizer
 
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_SECONDS = 20.0
+SHADOW_RATE = 1e-2
+"""Of the two numbers that say where shadows begin."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class DefaultSettings:
     Attributes:
         start: splats at the start.
         gaussians: splats at the end.
+        degree: of the spherical harmonics.
+        square: weight of the mean squared difference beside the mean absolute one.
         rates: of Adam; that of the means in units of the median splat's scale.
         last_share: of the rates at the end.
         batch: pictures a step.
@@ -51,8 +58,10 @@ class DefaultSettings:
         patience: looks without improvement after which training stops.
     """
 
-    start: int = 10_000
-    gaussians: int = 20_000
+    start: int = 15_000
+    gaussians: int = 15_000
+    degree: int = 3
+    square: float = 20.0
     rates: Rates = field(default_factory=lambda: Rates(0.1, 3e-3, 1.2e-2, 1e-2, 8e-3))
     last_share: float = 0.05
     batch: int = 1
@@ -65,7 +74,6 @@ class DefaultSettings:
     least_contribution: float = 0.05
     validate_every: int = 1000
     patience: int = 10
-    degree: int = 2
 
 
 class DefaultFit:
@@ -88,6 +96,8 @@ class DefaultFit:
         self._scale = scale
         self._splats = SplatOptimizer(model.parameters, settings.rates, scale)
         self._anchors = model.parameters.means.clone()
+        self._shader, self._shader_adam = model.shader, None
+        self._train_shader()
 
     @property
     def parameters(self) -> Parameters:
@@ -99,27 +109,48 @@ class DefaultFit:
         """The model with its present splats, detached."""
         splats = self.parameters
         detached = replace(splats, **{name: value.detach().clone() for name, value in splats.tensors().items()})
-        return replace(self._model, parameters=detached, link_index=self.link_index.long(), eps2d=self.settings.eps2d)
+        shader, index = deepcopy(self._shader), self.link_index.long()
+        return replace(self._model, parameters=detached, link_index=index, eps2d=self.settings.eps2d, shader=shader)
+
+    def _train_shader(self) -> None:
+        """A fresh optimiser for the world's light, where there is one."""
+        if self._shader is None:
+            return
+        rates = {"sh": self.settings.rates.sh, "log_bias": SHADOW_RATE, "log_blur": SHADOW_RATE}
+        groups = [{"params": [value], "rate": rates[name]} for name, value in self._shader.named_parameters()]
+        self._shader_adam = torch.optim.Adam(groups, lr=0.0, eps=1e-15, fused=True)
 
     def step(self, number: int, share: float) -> Mapping[str, Tensor]:
         """Move once, on the pictures of step `number`."""
         rows = batch_rows(len(self._frames), self.settings.batch, number, self._seed)
-        frames, splats = self._frames.select(rows), self.parameters
+        frames, splats, Ts = self._frames.select(rows), self.parameters, self._Ts[rows]
+        gaussians = splats.activate()
+        if self._shader is not None:
+            gaussians = lit(gaussians, self._shader(gaussians, self.link_index, Ts))
         out = rasterize_links(
-            splats.activate(),
+            gaussians,
             self.link_index,
-            self._Ts[rows],
+            Ts,
             frames.camera.to(self._device),
             eps2d=self.settings.eps2d,
             outputs=("rgb",),
         )
         assert out.rgb is not None
-        loss = (out.rgb - frames.rgb.to(self._device) / 255.0).abs().mean()
-        values = {"l1": loss.detach()}
+        truth = frames.rgb.to(self._device) / 255.0
+        difference = out.rgb - truth
+        l1 = difference.abs().mean()
+        loss = l1 + self.settings.square * difference.square().mean()
+        values = {"l1": l1.detach()}
         if self.settings.anchor:
             loss = loss + self.settings.anchor * ((splats.means - self._anchors) / self._scale).square().sum(-1).mean()
         loss.backward()
-        self._splats.step(decayed(1.0, self.settings.last_share, share))
+        decay = decayed(1.0, self.settings.last_share, share)
+        self._splats.step(decay)
+        if self._shader_adam is not None:
+            for group in self._shader_adam.param_groups:
+                group["lr"] = decay * group["rate"]
+            self._shader_adam.step()
+            self._shader_adam.zero_grad()
         return values
 
     def densify(self, wanted: int, number: int) -> None:
@@ -135,16 +166,47 @@ class DefaultFit:
         self.link_index = torch.cat([self.link_index[keep], self.link_index[cut].repeat(2)])
         self._anchors = torch.cat([self._anchors[keep], new.means])
         self._splats.rearrange(keep, new)
+        if self._shader is not None:
+            rows = torch.cat([torch.nonzero(keep)[:, 0], cut.repeat(2)])
+            self._shader = self._shader.select(rows)
+            self._train_shader()
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that moves."""
         state = {"splats": self._splats.state_dict(), "link_index": self.link_index, "anchors": self._anchors}
+        if self._shader is not None and self._shader_adam is not None:
+            state["shader"] = {"shader": self._shader.state_dict(), "adam": self._shader_adam.state_dict()}
         return deepcopy(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self._splats.load_state_dict(state["splats"])
         self.link_index, self._anchors = state["link_index"], state["anchors"]
+        if "shader" in state:
+            self._shader = Shader.like(state["shader"]["shader"]).to(self._device)
+            self._train_shader()
+            assert self._shader_adam is not None
+            self._shader_adam.load_state_dict(state["shader"]["adam"])
+
+
+def prepared(model: SelfModel, settings: DefaultSettings, light: Float[Tensor, "7"] | None) -> SelfModel:
+    """Where training starts: a mesh-bound model with harmonics of the degree wanted, and lit as the pictures are.
+
+    Args:
+        model: as `SelfModel.from_description` makes it, for a headlight.
+        settings: of the recipe.
+        light: the world's light, see `kinesplat.dataset.lights`; None for the headlight.
+    """
+    splats = model.parameters
+    more = (settings.degree + 1) ** 2 - splats.sh.shape[1]
+    sh = torch.nn.functional.pad(splats.sh, (0, 0, 0, more))  # a negative pad crops
+    shader = None
+    if light is not None:
+        normals = quats_to_rotations(splats.quats)[..., 2]
+        sh, world = split_headlight(sh, normals, light, HEADLIGHT_AMBIENT, HEADLIGHT_DIFFUSE)
+        reach = float(splats.log_scales.amax(-1).median().exp())
+        shader = Shader(light[:3].to(sh), world, 2.0 * reach)
+    return replace(model, parameters=replace(splats, sh=sh), shader=shader)
 
 
 def fit_splats(

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from kinesplat import __version__
 from kinesplat.dataset.container import MANIFEST, Dataset
+from kinesplat.dataset.frames import Frames
 from kinesplat.dataset.generate import Report, load_robot, write_dataset
 from kinesplat.dataset.plan import Plan
 from kinesplat.description import Robot
 from kinesplat.devices import DeviceName, resolve_device
 from kinesplat.errors import InputError, unknown
 from kinesplat.self_model import SelfModel
-from kinesplat.training.default import CHECKPOINT, DefaultSettings, fit_splats
+from kinesplat.training.default import CHECKPOINT, DefaultSettings, fit_splats, prepared
 from kinesplat.training.field import train_with_field
 from kinesplat.training.loop import Budget
 from kinesplat.training.paper import PaperSettings, train_paper
@@ -214,6 +216,7 @@ def _by_recipe(
         return train_with_field(
             start, frames, validation, budget, folder=folder, resume=resume, seed=seed, progress=progress
         ).to("cpu")
+    start = prepared(start, options.default, _light_of(frames))
     return fit_splats(
         start,
         frames,
@@ -225,6 +228,19 @@ def _by_recipe(
         resume=resume,
         progress=progress,
     ).to("cpu")
+
+
+def _light_of(frames: Frames) -> Tensor | None:
+    """The one light of all pictures; None for the headlight.
+
+    Raises:
+        InputError: the pictures were taken under different lights.
+    """
+    if frames.light is None:
+        return None
+    if (frames.light != frames.light[0]).any():
+        raise InputError("the pictures have different lights; recipe 'default' needs --light headlight or world")
+    return frames.light[0]
 
 
 def _provenance(recipe: Recipe, data: Dataset, options: TrainingOptions, seed: int) -> dict[str, Any]:

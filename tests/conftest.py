@@ -11,6 +11,9 @@ import torch
 from kinesplat import zoo
 from kinesplat.self_model import SelfModel
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run on the CPU then
+
 SHARED = Path(os.environ.get("KINESPLAT_SHARED", Path(__file__).parents[2] / "shared"))
 
 

@@ -1,10 +1,8 @@
-"""The device on which tests of the CUDA backend run its kernels: a GPU, or the CPU through Triton's interpreter.
+"""The device on which tests of the CUDA backend run its kernels: a GPU, or the CPU through Triton's interpreter, which
+conftest.py asks for."""
 
-Import this module before `kinesplat.rasterizer.cuda.*`: Triton looks at the variable when it meets a kernel.
-"""
-
-import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +15,6 @@ from kinesplat.rasterizer import OUTPUTS, Render, rasterize_links
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA wheels; on a CPU: pip install triton (Linux)")
 
@@ -39,63 +35,64 @@ class Inputs:
         return splats | {"Ts": self.Ts, "T": self.T, "K": self.K, "background": self.background}
 
 
-def compare(
+def errors(
     splats: Gaussians,
     Ts: Tensor,
     camera: Camera,
     background: Tensor,
     index: Tensor,
+    mask: Tensor | None = None,
     *,
     weights: Tensor | None = None,
     backend: str = "cuda",
     outputs: tuple[str, ...] = OUTPUTS,
-    mask: Tensor | None = None,
-    bounds: tuple[float, float] = (1e-5, 1e-5),
-) -> None:
-    """Images (absolute) and gradients (relative) of `backend` in float32 against the float64 reference, at the pixels
-    that `mask` keeps."""
+) -> dict[str, float]:
+    """How far `backend` in float32 is from the float64 reference at the pixels that `mask` keeps: images absolutely
+    (contribution against its largest), gradients "d NAME" relatively."""
     truth, test = (Inputs(splats, Ts, camera, background, dtype) for dtype in (torch.float64, torch.float32))
-    losses = []
-    factors: dict[str, Tensor] = {}
+    renders, links, pairs = [], [], {}
     for inputs, name in ((truth, "reference"), (test, backend)):
         device, dtype = inputs.Ts.device, inputs.Ts.dtype
         w = None if weights is None else weights.detach().to(device, dtype).clone().requires_grad_()
-        render = rasterize_links(
-            inputs.splats, index.to(device), inputs.Ts, inputs.camera, inputs.background,
-            link_weights=w, backend=name, outputs=outputs,
-        )  # fmt: skip
-        losses.append((render, w))
-        for output in {"rgb", "alpha", "depth"} & set(outputs):
-            value = getattr(render, output)
-            if output not in factors:
-                keep = 1.0 if mask is None else mask[..., None] if output == "rgb" else mask
-                factors[output] = keep * torch.randn(value.shape, dtype=torch.float64)
-    (a, w_a), (b, w_b) = losses
-    check_images(a, b, outputs, mask, bounds[0])
-    for render in (a, b):
-        total = sum((getattr(render, o) * f.to(getattr(render, o))).sum() for o, f in sorted(factors.items()))
+        links.append({} if w is None else {"weights": w})
+        scene = inputs.splats, index.to(device), inputs.Ts, inputs.camera, inputs.background
+        renders.append(rasterize_links(*scene, link_weights=w, backend=name, outputs=outputs))
+    found = image_errors(*renders, outputs, mask)
+    shapes = {o: getattr(renders[0], o).shape for o in ("rgb", "alpha", "depth") if o in outputs}
+    factors = {o: torch.randn(shape, dtype=torch.float64) * masked(o, mask) for o, shape in shapes.items()}
+    for render in renders:
+        total = sum((getattr(render, o) * f.to(getattr(render, o))).sum() for o, f in factors.items())
         assert isinstance(total, Tensor)
         total.backward()
-    pairs = {name: (leaf, truth.leaves()[name]) for name, leaf in test.leaves().items()}
-    if w_a is not None and w_b is not None:
-        pairs["weights"] = (w_b, w_a)
-    for name, (value, exact) in pairs.items():
-        assert value.grad is not None, name
-        assert exact.grad is not None
-        error = relative_error(value.grad.cpu(), exact.grad)
-        assert error < bounds[1], f"gradient of {name}: {error:.2e}"
+    exact = truth.leaves() | links[0]
+    pairs = {name: (leaf.grad, exact[name].grad) for name, leaf in (test.leaves() | links[1]).items()}
+    return found | {f"d {k}": relative_error(None if v is None else v.cpu(), e) for k, (v, e) in pairs.items()}
 
 
-def check_images(a: Render, b: Render, outputs: tuple[str, ...], mask: Tensor | None, bound: float) -> None:
-    """`b` equals `a` but for rounding, at the pixels that `mask` keeps."""
+def compare(*scene: Tensor | Gaussians | Camera, bounds: tuple[float, float] = (1e-5, 1e-5), **options: Any) -> None:
+    """`errors` of the scene are within bounds: of images, of gradients."""
+    for name, error in errors(*scene, **options).items():
+        bound = bounds[1] if name.startswith("d ") else bounds[0]
+        assert error < bound, f"{name}: {error:.2e}"
+
+
+def masked(output: str, mask: Tensor | None) -> Tensor | float:
+    """`mask` as a factor of an output's values."""
+    if mask is None or output == "contribution":
+        return 1.0
+    return mask[..., None] if output == "rgb" else mask
+
+
+def image_errors(a: Render, b: Render, outputs: tuple[str, ...], mask: Tensor | None) -> dict[str, float]:
+    """Largest differences from `a` of each output of `b`."""
+    found = {}
     for name in outputs:
         exact, value = getattr(a, name).detach().double(), getattr(b, name).detach().cpu().double()
         assert value.shape == exact.shape
-        difference = (value - exact).abs()
-        if mask is not None and name != "contribution":
-            difference = difference * (mask[..., None] if name == "rgb" else mask)
+        assert torch.isfinite(value).all()
         scale = max(1.0, float(exact.abs().max())) if name == "contribution" else 1.0
-        assert float(difference.max()) < bound * scale, f"{name}: {float(difference.max()):.2e}"
+        found[name] = float(((value - exact).abs() * masked(name, mask)).max()) / scale
+    return found
 
 
-__all__ = ["DEVICE", "GPU", "Inputs", "away_from_thresholds", "check_images", "compare"]
+__all__ = ["DEVICE", "GPU", "Inputs", "away_from_thresholds", "compare", "errors"]

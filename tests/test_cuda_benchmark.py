@@ -1,0 +1,61 @@
+"""benchmarks/gpu.py: its dry run measures every section here; a section that fails is a line of the report."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA wheels; on a CPU: pip install triton (Linux)")
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+SECTIONS = ("environment", "parity", "robots", "speed", "fits", "tracking", "capture", "train")
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_dry_run(gpu: ModuleType, section: str, tmp_path: Path) -> None:
+    report = gpu.main(["--dry-run", "--out", str(tmp_path), "--only", section, "--robots", "kinearm"])
+    assert json.loads((tmp_path / "gpu_report.json").read_text()) == report
+    text = (tmp_path / "gpu_report.md").read_text()
+    assert "No figure here says anything of a GPU" in text
+    assert f"## {section}" in text
+    found = report["sections"][section]
+    assert "failed" not in found
+    if section == "parity":
+        assert found["images within 1e-4"] is True
+        assert found["gradients within 1e-3"] is True
+    if section == "robots":
+        assert found["robots"][0]["rgb max"] < 1e-4
+        assert found["robots"][0]["d q"] < 1e-3
+
+
+def test_a_failing_section_is_a_line_and_costs_the_others_nothing(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU every section fails; here two whose failure comes early."""
+    monkeypatch.setattr(gpu, "environment_of", lambda: {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""})
+    report = gpu.main(["--out", str(tmp_path), "--only", "speed", "fits", "--wheels", str(tmp_path), "--budget", "100"])
+    assert list(report["sections"]) == ["speed", "fits"]
+    for found in report["sections"].values():
+        assert "Error" in found["failed"]
+    assert json.loads((tmp_path / "gpu_report.json").read_text()) == report
+
+
+def test_a_spent_budget_is_said(gpu: ModuleType, tmp_path: Path) -> None:
+    report = gpu.main(["--out", str(tmp_path), "--only", "capture", "--budget", "0"])
+    assert "budget of 0 s is spent" in report["sections"]["capture"]["skipped"]

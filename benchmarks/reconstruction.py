@@ -15,13 +15,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import kinesplat as ks
 from kinesplat.dataset.capture import Capture
 from kinesplat.demo import camera_error
+from kinesplat.inverse.initializer import Initializer
 from kinesplat.inverse.objective import Configurations, PhotometricObjective
 from kinesplat.inverse.observation import Observation
 from kinesplat.inverse.search import joint_scale
@@ -55,6 +56,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="seed of the first image")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["near", "none", "camera", "nothing"])
     parser.add_argument("--splats", type=int, default=20_000, help="size of the mesh-bound model")
+    parser.add_argument("--initializers", type=Path, help="folder with learned starts, NAME.safetensors; else packaged")
+    parser.add_argument("--no-initializer", action="store_true", help="by search alone")
     parser.add_argument("--zoo", action="store_true", help="the packaged model instead of a mesh-bound one")
     parser.add_argument("-o", "--out", type=Path, default=Path("reconstruction.jsonl"))
     parser.add_argument("--table", action="store_true", help="only print the tables of the file")
@@ -75,11 +78,18 @@ def run(name: str, arguments: argparse.Namespace) -> None:
         return
     robot = ks.load_description(name)
     model = ks.zoo.load(name) if arguments.zoo else ks.SelfModel.from_description(robot, n=arguments.splats)
+    start: Initializer | Literal[False] | None = False if arguments.no_initializer else None
+    if (
+        start is None
+        and arguments.initializers is not None
+        and (arguments.initializers / f"{name}.safetensors").is_file()
+    ):
+        start = Initializer.load(arguments.initializers / f"{name}.safetensors")
     capture, problem, drawn = Capture(robot), None, None
     for seed, case in jobs:
         if problem is None or drawn != (seed, case == "views"):
             problem, drawn = draw(robot, model, capture, seed, 2 if case == "views" else 1), (seed, case == "views")
-        row = {"robot": name, "case": case, "seed": seed, **solve(model, case, problem, seed, capture)}
+        row = {"robot": name, "case": case, "seed": seed, **solve(model, case, problem, seed, capture, start)}
         with arguments.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         words = "right" if row["right"] else "WRONG"
@@ -110,7 +120,14 @@ def draw(robot: ks.Robot, model: ks.SelfModel, capture: Capture, seed: int, view
     return Problem(q, camera, image.rgb, image.alpha)
 
 
-def solve(model: ks.SelfModel, case: str, p: Problem, seed: int, capture: Capture) -> dict[str, Any]:
+def solve(
+    model: ks.SelfModel,
+    case: str,
+    p: Problem,
+    seed: int,
+    capture: Capture,
+    initializer: Initializer | Literal[False] | None,
+) -> dict[str, Any]:
     """One fit and everything that is known about it."""
     generator = torch.Generator().manual_seed(seed)
     noise = 2.0 * torch.rand(model.tree.dof, generator=generator) - 1.0
@@ -128,6 +145,7 @@ def solve(model: ks.SelfModel, case: str, p: Problem, seed: int, capture: Captur
         masks=p.alpha,
         q_init=None if case in ("none", "nothing") else start,
         optimize_camera=free,
+        initializer=initializer,
         seed=seed,
     )
     return {
@@ -137,9 +155,7 @@ def solve(model: ks.SelfModel, case: str, p: Problem, seed: int, capture: Captur
         "loss_ratio": fit.loss / true_loss(model, p),
         "losses": [h.loss for h in fit.hypotheses],
         "right_hypotheses": [
-            rank
-            for rank, h in enumerate(fit.hypotheses[:12])
-            if errors(model, case, p, h.q, h.camera, capture)["right"]
+            rank for rank, h in enumerate(fit.hypotheses[:4]) if errors(model, case, p, h.q, h.camera, capture)["right"]
         ],
         "weak": list(fit.weak_variables),
         "q": fit.q.tolist(),

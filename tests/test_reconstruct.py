@@ -13,6 +13,7 @@ from kinesplat.inverse import FitResult, reconstruct
 from kinesplat.inverse.coarse_to_fine import GLOBAL_LEVELS, NEAR_LEVELS, levels_for
 from kinesplat.inverse.observation import Observation, plain_background
 from kinesplat.inverse.result import covariance_of
+from kinesplat.inverse.verdict import settled, verdict
 from kinesplat.self_model import SelfModel
 from kinesplat.twists import exp_twist
 
@@ -138,6 +139,22 @@ def test_a_picture_of_something_else_is_called_a_failure(kinearm: SelfModel) -> 
     blob[100:230, 10:60] = 1.0
     fit = reconstruct(kinearm, torch.rand_like(rgb), camera, masks=blob, q_init=q, starts=2)
     assert fit.verdict == "failed"
+
+
+def test_verdicts_follow_from_the_evidence() -> None:
+    clean = {"unexplained": 0.01, "gap": 2.0, "agreement": 0.5, "attempts": 1, "confirmed": False}
+    cases = [
+        ({}, "converged", True),
+        ({"gap": None}, "converged", True),
+        ({"gap": 1.1}, "ambiguous", False),
+        ({"gap": 1.1, "confirmed": True}, "ambiguous", True),
+        ({"gap": 1.0, "agreement": 1.0}, "ambiguous", True),
+        ({"unexplained": 0.05}, "ambiguous", False),
+        ({"unexplained": 0.05, "confirmed": True}, "converged", True),
+        ({"unexplained": 0.3}, "failed", False),
+    ]
+    for change, says, done in cases:
+        assert (verdict(clean | change), settled(clean | change)) == (says, done), change
 
 
 def test_report_and_json_name_every_joint(kinearm: SelfModel) -> None:

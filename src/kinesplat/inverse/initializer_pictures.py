@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from kinesplat.camera import Camera
@@ -24,11 +24,11 @@ class Pictures:
     """A batch of inputs of the network and what it should say.
 
     Attributes:
-        inputs: ``(n, 4, 128, 128)`` RGB and mask.
+        inputs: ``(n, 4, 128, 128)`` RGB and mask in [0, 1], or as bytes.
         places: ``(n, k, 2)`` of the keypoints in cells; outside of [0, 32] they are not in the picture.
     """
 
-    inputs: Float[Tensor, "n 4 size size"]
+    inputs: Float[Tensor, "n 4 size size"] | UInt8[Tensor, "n 4 size size"]
     places: Float[Tensor, "n k 2"]
 
 

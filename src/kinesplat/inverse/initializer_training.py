@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from kinesplat.model_file import read_model_file, write_model_file
 from kinesplat.self_model import SelfModel
 
 SPLATS = 3_000
-FRESH, REPLAYED, POOL = 24, 40, 4_096
+FRESH, REPLAYED, POOL = 24, 40, 3_072
 RATE, DECAY, WARM_UP = 3e-3, 1e-2, 60
 SPREAD = 0.7
 TESTED = 256
@@ -136,7 +136,7 @@ def _losses(run: Run, model: SelfModel, keypoints: Keypoints, steps: int, seed: 
     pool: list[Pictures] = []
     while run.step < steps:
         generator = torch.Generator().manual_seed(1_000_003 * seed + run.step)
-        pool = [*pool[-POOL // FRESH :], random_pictures(model, keypoints, FRESH, generator)]
+        pool = [*pool[-POOL // FRESH :], packed(random_pictures(model, keypoints, FRESH, generator))]
         batch = _batch(pool, generator)
         rate = RATE * min(1.0, (run.step + 1) / WARM_UP) * (0.02 + 0.49 * (1.0 + math.cos(math.pi * run.step / steps)))
         for group in run.optimizer.param_groups:
@@ -155,13 +155,19 @@ def _losses(run: Run, model: SelfModel, keypoints: Keypoints, steps: int, seed: 
         yield loss.item()
 
 
+def packed(pictures: Pictures) -> Pictures:
+    """The same in 8 bits a channel."""
+    return replace(pictures, inputs=(255.0 * pictures.inputs).round().to(torch.uint8))
+
+
 def _batch(pool: list[Pictures], generator: torch.Generator) -> Pictures:
     """The newest pictures and some old ones."""
     rows = torch.randint(len(pool), (REPLAYED,), generator=generator).tolist()
     which = torch.randint(FRESH, (REPLAYED,), generator=generator).tolist()
     old = [(pool[r].inputs[w], pool[r].places[w]) for r, w in zip(rows, which, strict=True)]
     inputs, places = (torch.stack(part) for part in zip(*old, strict=True))
-    return Pictures(torch.cat([pool[-1].inputs, inputs]), torch.cat([pool[-1].places, places]))
+    inputs = torch.cat([pool[-1].inputs, inputs]).float() / 255.0
+    return Pictures(inputs, torch.cat([pool[-1].places, places]))
 
 
 def cross_entropy(logits: Float[Tensor, "n k bins"], places: Float[Tensor, "n k 2"]) -> Tensor:

@@ -28,7 +28,7 @@ from kinesplat.inverse.objective import Configurations, PhotometricObjective
 from kinesplat.inverse.observation import ImageLike, Observation, image_shape
 from kinesplat.inverse.result import FitResult, Hypothesis, covariance_of
 from kinesplat.inverse.search import CHUNK, ROUNDS, best_distinct, joined, joint_scale, one_turn, search
-from kinesplat.inverse.verdict import evidence_of, verdict
+from kinesplat.inverse.verdict import evidence_of, settled, verdict
 from kinesplat.self_model import SelfModel
 from kinesplat.twists import exp_twist
 
@@ -66,7 +66,6 @@ NEAR_ATTEMPTS = (
 GLOBAL_ATTEMPTS = (Attempt(4_096, ROUNDS, GLOBAL_STARTS, GLOBAL_LEVELS),) * 3
 LEARNED_ATTEMPT = Attempt(4_096, (), GLOBAL_STARTS, GLOBAL_LEVELS, learned=True)
 PROPOSED_APART = 0.1
-CONFIRMED = 0.02
 
 
 @torch.no_grad()
@@ -142,7 +141,7 @@ def reconstruct(
             )
             fit = _result(objectives[-1], observation.camera, found, time.perf_counter() - began)
             fit = replace(fit, evidence={**fit.evidence, "start": origin(attempts, found, q_init is None)})
-            if fit.verdict == "converged" or confirmed(found):
+            if settled(fit.evidence):
                 break
     if not optimize_camera:
         model.check_camera(fit.q, fit.camera)
@@ -165,12 +164,6 @@ def planned(q_init: Float[Tensor, "*starts dof"] | None, starts: int | None, lea
     if q_init is not None and torch.as_tensor(q_init).dim() > 1:
         return [attempts[0]]
     return list(attempts)
-
-
-def confirmed(found: list[Refinement]) -> bool:
-    """Whether the last attempt came upon the best answer of those before it, and no better one: looking on is idle."""
-    losses = [f.last.linearization.loss.min().item() for f in found]
-    return len(losses) > 1 and abs(losses[-1] - min(losses[:-1])) <= CONFIRMED * min(losses)
 
 
 def origin(attempts: list[Attempt], found: list[Refinement], global_: bool) -> str:

@@ -38,8 +38,8 @@ class FitResult:
             residuals, which it takes for independent; a variable that the image does not show has an infinite variance.
         variable_names: names of the ``p`` variables: joints, then ``camera0.vx`` ... for free cameras [m], [rad].
         hypotheses: distinct minima, best first; the first is the answer.
-        verdict: ``converged``, ``ambiguous`` (another hypothesis fits nearly as well) or ``failed`` (residual too
-            large).
+        verdict: ``converged``, ``ambiguous`` (another hypothesis fits nearly as well, or too much is left over for an
+            answer that one attempt alone found) or ``failed`` (residual too large); see `kinesplat.inverse.verdict`.
         seconds: wall time.
         evidence: figures that the verdict rests on.
     """

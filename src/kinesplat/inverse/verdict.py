@@ -1,7 +1,7 @@
 """How sure a fit may be of itself: figures about it, and what follows from them."""
 
-import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -10,34 +10,48 @@ from kinesplat.inverse.objective import PhotometricObjective
 from kinesplat.inverse.result import Hypothesis
 
 AMBIGUOUS_RATIO = 1.3
+EQUAL_RATIO = 1.02
 UNEXPLAINED_FAILURE = 0.25
-SAME = 1.02
+UNEXPLAINED_DOUBT = 0.03
 
 
 def evidence_of(
     objective: PhotometricObjective, hypotheses: tuple[Hypothesis, ...], found: list[Refinement]
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """The figures behind a verdict.
 
     Returns:
         unexplained: share of the pictures' squared signal (against no robot at all) that the answer leaves;
         gap: loss of the next distinct hypothesis over the answer's, None where there is none;
-        agreement: share of the last starts that ended in the answer; attempts: how many were made.
+        agreement: share of the last starts that ended in the answer's loss; attempts: how many were made;
+        confirmed: whether two of them came upon the answer.
     """
     best = hypotheses[0].loss
+    ends = torch.stack([f.last.linearization.loss.min() for f in found])
     losses = torch.cat([f.last.linearization.loss for f in found])
     return {
         "unexplained": best / max(objective.empty_loss, 1e-30),
         "gap": hypotheses[1].loss / max(best, 1e-30) if len(hypotheses) > 1 else None,
-        "agreement": (losses < SAME * best).float().mean().item(),
+        "agreement": (losses <= EQUAL_RATIO * best).float().mean().item(),
         "attempts": len(found),
+        "confirmed": int((ends <= EQUAL_RATIO * best).sum()) > 1,
     }
 
 
-def verdict(evidence: Mapping[str, float | None]) -> str:
-    """``converged``, ``ambiguous`` (another hypothesis fits nearly as well) or ``failed`` (too much is left over)."""
-    unexplained, gap = evidence["unexplained"], evidence["gap"]
-    assert unexplained is not None
-    if unexplained > UNEXPLAINED_FAILURE:
+def verdict(evidence: Mapping[str, Any]) -> str:
+    """``converged``, ``ambiguous`` or ``failed``.
+
+    Failed: a quarter of the signal or more is left over. Ambiguous: a distinct hypothesis fits nearly as well, or more
+    is left over than a good self-model leaves of a clean picture, and only one attempt came upon the answer.
+    """
+    if evidence["unexplained"] > UNEXPLAINED_FAILURE:
         return "failed"
-    return "ambiguous" if (math.inf if gap is None else gap) < AMBIGUOUS_RATIO else "converged"
+    rival = evidence["gap"] is not None and evidence["gap"] < AMBIGUOUS_RATIO
+    doubt = evidence["unexplained"] > UNEXPLAINED_DOUBT and not evidence["confirmed"]
+    return "ambiguous" if rival or doubt else "converged"
+
+
+def settled(evidence: Mapping[str, Any]) -> bool:
+    """Whether another attempt is idle: the fit converged, was confirmed, or all starts ended in equal pictures."""
+    equal = evidence["gap"] is not None and evidence["gap"] < EQUAL_RATIO and evidence["agreement"] == 1.0
+    return verdict(evidence) == "converged" or evidence["confirmed"] or equal

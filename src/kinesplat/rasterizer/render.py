@@ -92,7 +92,8 @@ def make_scene(
     batches = {
         "gaussians": gaussians.batch_shape,
         "Ts_world_link": tuple(Ts_world_link.shape[:-3]),
-        "camera": camera.batch_shape,
+        "camera K": tuple(camera.K.shape[:-2]),
+        "camera T_cam_world": tuple(camera.T_cam_world.shape[:-2]),
         "background": tuple(background.shape[:-1]),
     }
     return Scene(
@@ -133,8 +134,8 @@ def _check_gaussians(gaussians: Gaussians) -> None:
     for name, tail in _GAUSSIAN_TAILS.items():
         value = getattr(gaussians, name)
         expected = (*means.shape[:-1], *tail)
-        fits = value.ndim == len(expected) and all(e in (None, s) for e, s in zip(expected, value.shape, strict=True))
-        if not fits:
+        known = expected if None not in tail else (*expected[:-2], *value.shape[-2:-1], 3)  # any number of coefficients
+        if value.shape != known:
             raise InputError(f"gaussians.{name} has shape {tuple(value.shape)}; expected {_shape_text(expected)}")
         if value.dtype != means.dtype or value.device != means.device:
             raise InputError(
@@ -189,6 +190,9 @@ def _check_links(
 
 
 def _broadcast(batches: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    distinct = {shape for shape in batches.values() if shape}
+    if len(distinct) < 2:  # the common case; torch takes longer than all other checks together
+        return next(iter(distinct), ())
     try:
         return tuple(torch.broadcast_shapes(*batches.values()))
     except RuntimeError as error:

@@ -66,10 +66,10 @@ class DefaultSettings:
     last_share: float = 0.05
     batch: int = 1
     eps2d: float = 0.01
-    anchor: float = 0.0
+    anchor: float = 3e-4
     densify_from: float = 0.1
-    densify_until: float = 0.6
-    rounds: int = 6
+    densify_until: float = 0.1
+    rounds: int = 1
     pictures: int = 60
     least_contribution: float = 0.05
     validate_every: int = 1000

@@ -169,8 +169,16 @@ void backward_tile_as(const Scene &s, ImageFrame &frame, int image, int tile, Sc
     stage(frame, begin, staged, locals, masks);
     std::memset(sums, 0, staged * sizeof(Slot));
     for (int b = 0; b < kTileBlocks; ++b) backward_block<kDepth>(s, frame, image, tile, b, staged, scratch, in);
-    for (uint32_t i = 0; i < staged; ++i) frame.work.slots[locals[i].slot] = sums[i];
-    for (uint32_t i = staged; i < count; ++i) std::memset(&frame.work.slots[frame.entries[begin + i].slot], 0, sizeof(Slot));
+    Slot *slots = frame.work.slots.data();
+    if (frame.work.merged) {
+        for (uint32_t i = 0; i < staged; ++i) {
+            float *row = slots[locals[i].record].sum;
+            store(row, load(row) + load(sums[i].sum));
+        }
+        return;
+    }
+    for (uint32_t i = 0; i < staged; ++i) slots[locals[i].slot] = sums[i];
+    for (uint32_t i = staged; i < count; ++i) std::memset(&slots[frame.entries[begin + i].slot], 0, sizeof(Slot));
 }
 
 void backward_tile(const Scene &s, ImageFrame &frame, int image, int tile, Scratch &scratch,

@@ -216,6 +216,13 @@ void forward(const Scene &s, const Options &all, Frame &frame, const Images &out
     });
 }
 
+void make_slots(const Scene &s, ImageFrame &frame, bool merged) {
+    size_t n = static_cast<size_t>(s.n);
+    frame.work.merged = merged;
+    Slot *slots = frame.work.slots.ensure(merged ? n + 1 : frame.slot_total + 1);
+    if (merged) std::memset(slots, 0, n * sizeof(Slot));
+}
+
 namespace {
 
 // Pose sums per (image, chunk), added up in chunk order, so that threads do not matter.
@@ -267,7 +274,7 @@ void backward(const Scene &s, const Options &all, Frame &frame, const ImageGradi
     size_t chunks = chunk_count(s);
     auto do_tiles = [&](const Options &options, ImageRange range) {
         for (int image = range.first; image < range.end; ++image)
-            frame.images[image].work.slots.ensure(frame.images[image].slot_total + 1);
+            make_slots(s, frame.images[image], options.threads == 1);
         for_tiles(s, options, range, [&](int image, int tile) {
             k.backward_tile(s, frame.images[image], image, tile, thread_scratch(), in);
         });

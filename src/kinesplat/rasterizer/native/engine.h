@@ -70,6 +70,9 @@ struct ImageRange {
     int count() const { return end - first; }
 };
 
+// Memory for the gradient sums of an image; merged: one row per record, for a single thread.
+void make_slots(const Scene &, ImageFrame &, bool merged);
+
 // Projects, sorts and bins: everything of the forward pass before the pixels.
 void prepare(const Scene &, const Options &, Frame &, ImageRange);
 

@@ -54,7 +54,7 @@ StageTimes profile_stages(const Scene &s, const Options &options, int repeats) {
         });
     });
     for (ImageFrame &f : frame->images) {
-        f.work.slots.ensure(f.slot_total + 1);
+        make_slots(s, f, true);
         for (int block = 0; block < s.tiles() * kTileBlocks; ++block) t.lane_evaluations += 16.0 * f.block_counts[block];
     }
     t.backward_blend = shortest(repeats, [&] {

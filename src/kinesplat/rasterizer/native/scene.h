@@ -158,7 +158,8 @@ struct Workspace {
     Buffer<Cull> culls;
     Buffer<uint64_t> keys, spare_keys;
     std::vector<Bin> bins;
-    Buffer<Slot> slots;
+    Buffer<Slot> slots;  // one per splat and tile, or one per record where a single thread adds them up in tile order
+    bool merged = false;
     Buffer<PoseRecord> poses;             // only for normal equations
     std::vector<NormalSums> normal_sums;  // per run of tiles
     size_t bytes() const;

@@ -16,6 +16,10 @@ KS_INLINE void load_moments(const ImageFrame &frame, uint32_t first, int count, 
     for (int i = 0; i < 16; ++i) {
         columns[i] = set1(0.0f);
         if (i >= count) continue;
+        if (frame.work.merged) {
+            columns[i] = load(frame.work.slots[first + static_cast<uint32_t>(i)].sum);
+            continue;
+        }
         const Slot *slots = frame.work.slots.data() + frame.slot_begin[first + i];
         for (uint32_t j = 0; j < frame.slot_count[first + i]; ++j) columns[i] = columns[i] + load(slots[j].sum);
     }

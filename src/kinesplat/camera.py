@@ -74,13 +74,19 @@ class Camera:
         """
         if not 0.0 < fov_y < math.pi:
             raise InputError(f"fov_y is {fov_y} rad; expected a value between 0 and pi")
-        eye_t, target_t, up_t = (torch.as_tensor(v, dtype=_float_dtype(eye)) for v in (eye, target, up))
+        device = next((v.device for v in (eye, target) if isinstance(v, Tensor)), None)
+        eye_t, target_t, up_t = (
+            v.to(_float_dtype(eye))
+            if isinstance(v, Tensor)
+            else torch.tensor(v, dtype=_float_dtype(eye), device=device)
+            for v in (eye, target, up)
+        )
         eye_t, target_t = torch.broadcast_tensors(eye_t, target_t)
         forward = target_t - eye_t
         if not (forward.norm(dim=-1) > 1e-9).all():
             raise InputError("camera eye and target coincide (or are not finite); no view direction")
         focal = 0.5 * height / math.tan(0.5 * fov_y)
-        K = torch.tensor([[focal, 0.0, 0.5 * width], [0.0, focal, 0.5 * height], [0.0, 0.0, 1.0]], dtype=eye_t.dtype)
+        K = eye_t.new_tensor([[focal, 0.0, 0.5 * width], [0.0, focal, 0.5 * height], [0.0, 0.0, 1.0]])
         return cls(K.expand(*eye_t.shape[:-1], 3, 3), _look_at_transform(eye_t, forward, up_t), width, height)
 
     @classmethod

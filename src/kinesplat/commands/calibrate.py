@@ -16,7 +16,7 @@ from kinesplat.commands.common import (
     CommonOptions,
     Model,
     Output,
-    device_of,
+    cpu_of,
     err,
     load_model,
     make_folder,
@@ -74,7 +74,7 @@ def calibrate(
         free: what else to estimate: a constant offset of every joint reading, the focal length.
         backdrop: picture of the scene without the robot.
     """
-    device_of(common)
+    cpu_of(common)
     loaded = load_model(model)
     cameras = read_cameras(folder, loaded.tree, "T_cam_base" if mount is None else "T_cam_link")
     paths = tuple(path for camera in cameras for path in camera.images)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from kinesplat import zoo
 from kinesplat.devices import resolve_device
-from kinesplat.errors import InputError, unknown
+from kinesplat.errors import BackendError, InputError, unknown
 from kinesplat.files import written_whole
 from kinesplat.self_model import SelfModel
 
@@ -29,7 +29,7 @@ class Common:
     """Options of every command."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; a device that is absent is an error, never a fall back."""
+    """Where to compute; a device that is absent, or that the command cannot use, is an error, never a fall back."""
     seed: int = 0
     """Seed of everything random."""
     json: Path | None = None
@@ -63,6 +63,18 @@ def device_of(common: Common) -> torch.device:
         raise InputError(f"--seed {common.seed}: expected 0 to {2**31 - 1}")
     torch.manual_seed(common.seed)
     return resolve_device(common.device)
+
+
+def cpu_of(common: Common) -> torch.device:
+    """The CPU, for commands that compute nowhere else.
+
+    Raises:
+        BackendError: a GPU was asked for.
+    """
+    device_of(common)
+    if common.device == "cuda":
+        raise BackendError("--device cuda: this command computes on the CPU alone; choose cpu or auto")
+    return torch.device("cpu")
 
 
 def same_size(pictures: list[torch.Tensor], paths: tuple[Path, ...]) -> list[torch.Tensor]:

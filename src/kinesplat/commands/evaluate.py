@@ -9,7 +9,7 @@ from kinesplat.commands.common import (
     DEFAULTS,
     CommonOptions,
     Output,
-    device_of,
+    cpu_of,
     err,
     load_model,
     make_folder,
@@ -47,7 +47,7 @@ def evaluate(
             model without its appearance field, and without motion.
         skip_corrupt: leave out shards of the data set that cannot be read.
     """
-    device_of(common)
+    cpu_of(common)
     if not models:
         raise InputError("no model given: kinesplat evaluate MODEL... --dataset DIR")
     data = Dataset.open(dataset, skip_corrupt)

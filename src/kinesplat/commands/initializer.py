@@ -9,7 +9,7 @@ from kinesplat.commands.common import (
     CommonOptions,
     Model,
     Output,
-    device_of,
+    cpu_of,
     err,
     load_model,
     out,
@@ -40,7 +40,7 @@ def initializer(
         steps: optimiser steps of 64 pictures.
         resume: go on with a run that was interrupted.
     """
-    device_of(common)
+    cpu_of(common)
     loaded = load_model(model)
     checkpoint = output.with_name(f"{output.stem}.checkpoint.safetensors")
     found = train_initializer(

@@ -61,7 +61,7 @@ def reconstruct(
         initializer: learned start made by `kinesplat initializer train`; default: the packaged one, if any.
         output: folder for the results; created if needed.
     """
-    device_of(common)
+    device = device_of(common)
     loaded = load_model(model)
     if not images:
         raise InputError("no picture given: kinesplat reconstruct MODEL IMAGE... --camera FILE")
@@ -71,7 +71,7 @@ def reconstruct(
     masks = torch.stack(same_size([read_mask(p) for p in mask], mask)) if mask else None
     make_folder(output)
     fit = reconstruct_q(
-        loaded,
+        loaded.to(device),
         pictures,
         None if camera is None else Camera.from_json(camera),
         K=None if intrinsics is None else matrix_of(*intrinsics),

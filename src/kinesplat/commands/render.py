@@ -1,5 +1,6 @@
 """From joint values to a picture: render."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def render(
         depth: also write the depth in millimetres, 16 bit.
         link_id: also write the link ids as colours.
     """
-    device_of(common)
+    device = device_of(common)
     loaded = load_model(model)
     joints = loaded.tree.q_canonical.float() if q is None else torch.tensor(q)
     view = (
@@ -47,7 +48,9 @@ def render(
     if view.batch_shape:
         raise InputError(f"{camera} holds a batch of cameras {view.batch_shape}; render takes one")
     loaded.check_camera(joints, view)
-    image = loaded.render(joints, view, background, outputs=("rgb", "alpha", "depth", "link_id"))
+    outputs = ("rgb", "alpha", "depth", "link_id")
+    image = loaded.to(device).render(joints.to(device), view.to(device), background, outputs=outputs)
+    image = replace(image, **{name: getattr(image, name).cpu() for name in outputs})
     assert image.rgb is not None
     written = [write_png(output, image.rgb)]
     if mask and image.alpha is not None:

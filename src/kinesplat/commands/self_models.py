@@ -13,7 +13,7 @@ from kinesplat.commands.common import (
     Common,
     CommonOptions,
     Output,
-    device_of,
+    cpu_of,
     load_model,
     out,
     packages_of,
@@ -41,7 +41,7 @@ def build(
         n: number of Gaussians.
         package: NAME=FOLDER of ROS packages that package:// refers to.
     """
-    device_of(common)
+    cpu_of(common)
     model = SelfModel.from_description(load_description(robot, packages=packages_of(package)), n=n, seed=common.seed)
     model.save(output)
     out.print(
@@ -64,7 +64,7 @@ def inspect(
         output: also write a picture of the robot (.png).
         package: NAME=FOLDER of ROS packages that package:// refers to.
     """
-    device_of(common)
+    cpu_of(common)
     loaded = load_description(robot, packages=packages_of(package))
     out.print(inspection_text(loaded), markup=False)
     if output is not None:
@@ -83,7 +83,7 @@ def models(name: Annotated[str | None, tyro.conf.Positional] = None, *, common: 
     Args:
         name: packaged model or model file; default: list all packaged ones.
     """
-    device_of(common)
+    cpu_of(common)
     if name is not None:
         return describe(load_model(name), name, common)
     rows = [{"name": n, **zoo.card(n)} for n in zoo.names()]

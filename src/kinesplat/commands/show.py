@@ -7,7 +7,7 @@ import tyro
 
 from kinesplat import benchmark as benchmark_module
 from kinesplat import demo as demo_module
-from kinesplat.commands.common import DEFAULTS, CommonOptions, device_of, err, out, write_json
+from kinesplat.commands.common import DEFAULTS, CommonOptions, cpu_of, err, out, write_json
 
 
 def demo(
@@ -20,7 +20,7 @@ def demo(
     Args:
         output: folder for the results; created if needed.
     """
-    device_of(common)
+    cpu_of(common)
     report = demo_module.run(output, seed=common.seed, console=out)
     write_json(common.json, report)
 
@@ -32,7 +32,7 @@ def benchmark(seconds: float = 1.0, threads: tuple[int, ...] = (1, 2), *, common
         seconds: time for each figure [s].
         threads: thread counts to measure with.
     """
-    device_of(common)
+    cpu_of(common)
     report = benchmark_module.run(seconds=seconds, threads=threads, progress=err.print)
     out.print(benchmark_module.table(report), markup=False)
     write_json(common.json, report)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +16,8 @@ from kinesplat.kinematics import KinematicTree
 from kinesplat.rasterizer import normal_equations
 from kinesplat.self_model import SelfModel
 from kinesplat.twists import adjoint, exp_twist
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,10 @@ class Configurations:
             T_cam_world=torch.where(accepted[:, None, None, None], other.T_cam_world, self.T_cam_world),
         )
 
+    def to(self, device: torch.device) -> "Configurations":
+        """The same on another device; the tree goes along with q."""
+        return replace(self, q=self.q.to(device), T_cam_world=self.T_cam_world.to(device))
+
     def select(self, index: Tensor) -> "Configurations":
         """Some of the batch, by index or mask."""
         return replace(self, q=self.q[index], T_cam_world=self.T_cam_world[index])
@@ -75,6 +82,8 @@ class PhotometricObjective:
         alpha_weight: weight of the squared difference between alpha and mask; unused without masks.
         robust: residual beyond which a pixel counts less (`geman_mcclure`), for things that hide the robot or that the
             mask lacks; None: least squares. `linearize` alone knows it.
+        device: where pixels are rendered and compared; configurations, and all but images of what comes back, stay on
+            theirs.
     """
 
     model: SelfModel
@@ -82,6 +91,11 @@ class PhotometricObjective:
     colour_weight: float = 1.0
     alpha_weight: float = 1.0
     robust: float | None = None
+    device: torch.device = CPU
+
+    @cached_property
+    def _there(self) -> tuple[SelfModel, Observation]:
+        return self.model.to(self.device), self.observation.to(self.device)
 
     @property
     def residual_count(self) -> int:
@@ -100,10 +114,10 @@ class PhotometricObjective:
 
     def difference(self, at: Configurations) -> Float[Tensor, "batch views height width c"]:
         """Weighted differences of RGB and, where there is a mask, alpha; squared and averaged they are the loss."""
-        seen = self.observation
+        (model, seen), at = self._there, at.to(self.device)
         camera = Camera(seen.camera.K, at.T_cam_world, seen.camera.width, seen.camera.height)
         outputs = ("rgb",) if seen.mask is None and seen.backdrop is None else ("rgb", "alpha")
-        out = self.model.render(at.q[:, None], camera, seen.background, outputs=outputs)
+        out = model.render(at.q[:, None], camera, seen.background, outputs=outputs)
         assert out.rgb is not None
         rgb = over(out.rgb, out.alpha, seen)
         rgb = (rgb - seen.rgb) * math.sqrt(self.colour_weight)
@@ -123,13 +137,14 @@ class PhotometricObjective:
         """
         if self.model.skinning is not None:
             return self.linearize_by_differences(at)
-        seen, splats, tree = self.observation, self.model.parameters.activate(), at.tree
+        (model, seen), given, at = self._there, at, at.to(self.device)
+        splats, tree = model.parameters.activate(), at.tree
         camera = Camera(seen.camera.K, at.T_cam_world, seen.camera.width, seen.camera.height)
         loss, rgb_weight, alpha_weight = self._weights(at)
         batch = rgb_weight.shape[:-2]  # a batch of its own where the loss is robust
         equations = normal_equations(
             splats,
-            self.model.link_index,
+            model.link_index,
             tree.forward_kinematics(at.q)[:, None],
             camera,
             seen.rgb.expand(*batch, -1, -1, -1),
@@ -142,14 +157,14 @@ class PhotometricObjective:
         ).contract(self._twists_per_variable(at))
         pixels = seen.rgb[..., 0].numel()
         return Linearization(
-            (equations.loss.sum(dim=1) / pixels if loss is None else loss).to(at.q.dtype),
-            (equations.gradient.sum(dim=1) / pixels).to(at.q.dtype),
-            (equations.hessian.sum(dim=1) / pixels).to(at.q.dtype),
+            (equations.loss.sum(dim=1) / pixels if loss is None else loss).to(given.q),
+            (equations.gradient.sum(dim=1) / pixels).to(given.q),
+            (equations.hessian.sum(dim=1) / pixels).to(given.q),
         )
 
     def _weights(self, at: Configurations) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Robust loss, and the weights of every pixel's colour and alpha; without a robust loss None and constants."""
-        seen, weights = self.observation, (self.colour_weight, self.alpha_weight)
+        seen, weights = self._there[1], (self.colour_weight, self.alpha_weight)
         if self.robust is None:
             mask = None if seen.mask is None else torch.full_like(seen.mask, weights[1])
             return None, torch.full_like(seen.rgb[..., 0], weights[0]), mask
@@ -185,7 +200,8 @@ class PhotometricObjective:
         stepped = stepped.unflatten(0, (batch, 2 * p + 1))
         residual, jacobian = stepped[:, -1], (stepped[:, :p] - stepped[:, p : 2 * p]) / (2.0 * h)
         gradient = (jacobian @ residual[..., None])[..., 0]
-        return Linearization((residual**2).sum(dim=1), gradient, jacobian @ jacobian.mT)
+        loss, hessian = (residual**2).sum(dim=1), jacobian @ jacobian.mT
+        return Linearization(*(value.to(at.q.device) for value in (loss, gradient, hessian)))
 
 
 def over(rgb: Tensor, alpha: Tensor | None, seen: Observation) -> Tensor:

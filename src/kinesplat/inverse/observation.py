@@ -20,7 +20,7 @@ BACKGROUND_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Observation:
-    """Several views of one configuration.
+    """Several views of one configuration; made on the CPU, wherever the pictures were.
 
     Attributes:
         rgb: ``(views, height, width, 3)`` in [0, 1], sRGB values as displayed.
@@ -106,6 +106,11 @@ class Observation:
         camera = self.camera.resized(size[1], size[0])
         return type(self)(shrunk(self.rgb, *size), mask, camera, self.background, backdrop)
 
+    def to(self, device: torch.device) -> "Observation":
+        """The same on another device."""
+        mask, backdrop = (None if t is None else t.to(device) for t in (self.mask, self.backdrop))
+        return type(self)(self.rgb.to(device), mask, self.camera.to(device), self.background.to(device), backdrop)
+
     def behind(self) -> Float[Tensor, "*shape 3"]:
         """Colours where there is no robot: the backdrop, or the one background colour."""
         return self.background if self.backdrop is None else self.backdrop
@@ -161,8 +166,8 @@ def _one_per_view(camera: Camera, views: int) -> Camera:
     if shape != (views,) and not (views == 1 and shape == ()):
         raise InputError(f"{views} view(s) but a camera batch of shape {shape}; expected one camera per view")
     return Camera(
-        camera.K.expand(views, 3, 3).float(),
-        camera.T_cam_world.expand(views, 4, 4).float(),
+        camera.K.expand(views, 3, 3).float().cpu(),
+        camera.T_cam_world.expand(views, 4, 4).float().cpu(),
         camera.width,
         camera.height,
     )
@@ -175,6 +180,7 @@ def _as_float(values: ImageLike, name: str) -> Tensor:
         values = torch.from_numpy(np.ascontiguousarray(values))
     if not isinstance(values, Tensor):
         raise InputError(f"{name} are of type {type(values).__name__}; expected a torch tensor or numpy array")
+    values = values.cpu()
     if values.dtype in (torch.uint8, torch.bool):
         return values.float() / (255.0 if values.dtype == torch.uint8 else 1.0)
     if not values.is_floating_point():

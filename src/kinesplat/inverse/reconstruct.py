@@ -90,7 +90,8 @@ def reconstruct(
     them as starts. Without: searches the whole range of the joints (`kinesplat.inverse.search`), aliases included,
     which takes some twenty thousand small renderings. Either way the survivors are sharpened by Levenberg-Marquardt up
     to 256 px along the longer image side. Where the verdict is not "converged", further attempts follow that search
-    harder, until two agree or three (with an initializer four) are made. Joint limits are respected.
+    harder, until two agree or three (with an initializer four) are made. Joint limits are respected. Pictures are
+    rendered on the model's device; the result is on the CPU.
 
     Args:
         model: self-model of the robot.
@@ -115,7 +116,7 @@ def reconstruct(
         InputError: images, masks, camera or q of the wrong type, shape or range; a camera inside the robot.
     """
     began = time.perf_counter()
-    known = camera is not None
+    known, device, model = camera is not None, model.parameters.means.device, model.to("cpu")
     observation = Observation.create(images, masks, _checked_camera(camera, K, images, optimize_camera))
     learned = (initializer or None) if q_init is not None or initializer is not None else Initializer.packaged(model)
     if learned is not None:
@@ -127,7 +128,7 @@ def reconstruct(
 
     @functools.cache
     def objective(px: int, splats: int) -> PhotometricObjective:
-        return PhotometricObjective(model.subsample(splats), observation.resized(px), colour_weight)
+        return PhotometricObjective(model.subsample(splats), observation.resized(px), colour_weight, device=device)
 
     found: list[Refinement] = []
     with Progress(disable=not progress, transient=True) as bar:
@@ -225,7 +226,7 @@ class Problem:
 
     def _joints(self, attempt: Attempt, generator: torch.Generator) -> Float[Tensor, "n dof"]:
         tree = self.model.tree
-        q = (tree.q_canonical if self.q_init is None else torch.as_tensor(self.q_init)).float()
+        q = (tree.q_canonical if self.q_init is None else torch.as_tensor(self.q_init).cpu()).float()
         if q.dim() not in (1, 2) or not len(q):
             raise InputError(f"q_init has shape {tuple(q.shape)}; expected ({tree.dof},) or (starts, {tree.dof})")
         tree.coordinates(q)  # raises on a wrong size or NaN
@@ -258,7 +259,7 @@ class Problem:
 def screened(objective: PhotometricObjective, state: Configurations, count: int) -> Configurations:
     """The first configuration and the best of the others by their loss, `count` in all."""
     chunks = torch.arange(len(state.q)).split(CHUNK)
-    losses = torch.cat([objective.residuals(state.select(c)).square().sum(dim=1) for c in chunks])
+    losses = torch.cat([objective.residuals(state.select(c)).square().sum(dim=1) for c in chunks]).to(state.q.device)
     losses[0] = -1.0
     return state.select(losses.argsort()[:count])
 

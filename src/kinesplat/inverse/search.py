@@ -212,7 +212,7 @@ def blurred_losses(objective: PhotometricObjective, state: Configurations, blur_
     for chunk in torch.arange(len(state.q)).split(CHUNK):
         difference = objective.difference(state.select(chunk))
         parts.append(blurred(difference, blur_px).square().sum(dim=-1).mean(dim=(1, 2, 3)))
-    return torch.cat(parts)
+    return torch.cat(parts).to(state.q.device)
 
 
 def blurred(

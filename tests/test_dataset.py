@@ -300,6 +300,14 @@ def test_processes_and_device_are_checked(tmp_path: Path) -> None:
             write_dataset(tmp_path / "y", PLAN, device="cuda")
 
 
+def test_gl_renderer_is_the_one_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--configurations", "1", "--size", "8", "--samples", "2", "--renderer", "gl"]
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, "kinearm", "-o", tmp_path / "x", *options)
+    assert end.value.code == 2  # only the gl renderer minds that 2 is no square number
+    assert Dataset.open(tmp_path / "x").plan.renderer == "gl"
+
+
 def test_plan_covers_every_configuration_once() -> None:
     plan = Plan(robot="kinearm", configurations=10_000, views=12)
     shards = plan.shards("train")

@@ -39,6 +39,8 @@ class Contents:
     """Share of the frame that the robot spans, from and to."""
     near: float = 0.1
     """Share of the cameras that come nearer than that."""
+    renderer: Literal["warp", "gl"] = "warp"
+    """Ray traced by mujoco_warp, without GL; or MuJoCo's own OpenGL renderer (MUJOCO_GL=egl without a screen)."""
     allow_collisions: bool = False
     """Also keep configurations in which the robot runs into itself."""
 
@@ -92,6 +94,7 @@ def _plan(robot: str, contents: Contents, package: tuple[str, ...], seed: int) -
         span=contents.span,
         near=contents.near,
         collisions=contents.allow_collisions,
+        renderer=contents.renderer,
         seed=seed,
     )
 

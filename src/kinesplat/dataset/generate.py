@@ -20,9 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kinesplat import __version__
-from kinesplat.dataset.capture import Capture, Device, capture_frames
+from kinesplat.dataset.capture import Capture, capture_frames
 from kinesplat.dataset.collision import SelfCollision
 from kinesplat.dataset.container import FORMAT_VERSION, MANIFEST, SURFACE, Dataset
+from kinesplat.dataset.device import Device
 from kinesplat.dataset.lights import draw_lights
 from kinesplat.dataset.plan import Plan, Shard
 from kinesplat.dataset.sampling import random_cameras, random_configurations
@@ -150,7 +151,7 @@ def link_poses(robot: Robot, q: Float[Tensor, "n dof"]) -> Float[Tensor, "n link
 
 
 def _maker(robot: Robot, plan: Plan, device: Device) -> Maker:
-    capture = Capture(robot, plan.samples, plan.light, device=device)
+    capture = Capture(robot, plan.samples, plan.light, device=device, renderer=plan.renderer)
     collision = None if plan.collisions else SelfCollision(robot)
     points = sample_meshes(robot.link_meshes, AIM_POINTS, np.random.default_rng(0))
     return Maker(robot, capture, collision, (points.positions, points.link))

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from kinesplat.dataset.device import Renderer
 from kinesplat.dataset.lights import LightSetting
 from kinesplat.errors import InputError
 
@@ -50,6 +51,7 @@ class Plan:
         span: share of the frame that the robot spans, from and to.
         near: share of the cameras that are nearer than that.
         collisions: whether configurations that collide with themselves are kept.
+        renderer: "warp" (ray traced, no GL) or "gl" (MuJoCo's own).
         seed: of everything random.
     """
 
@@ -66,6 +68,7 @@ class Plan:
     span: tuple[float, float] = (0.5, 1.0)
     near: float = 0.1
     collisions: bool = False
+    renderer: Renderer = "warp"
     seed: int = 0
 
     def __post_init__(self) -> None:

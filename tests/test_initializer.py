@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from kinesplat import zoo
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError, ModelFileError
 from kinesplat.inverse import reconstruct
-from kinesplat.inverse.initializer import Initializer, network_input
+from kinesplat.inverse.initializer import FOLDER, Initializer, network_input
 from kinesplat.inverse.initializer_network import CELLS, SIZE, KeypointNetwork
 from kinesplat.inverse.initializer_pictures import Pictures, random_pictures
 from kinesplat.inverse.initializer_training import Run, cross_entropy, train_initializer
@@ -137,6 +138,19 @@ def test_broken_and_foreign_files_are_refused(kinearm: SelfModel, tmp_path: Path
     other = replace(initializer, joint_names=("knee",))
     with pytest.raises(InputError, match="knee"):
         reconstruct(kinearm, rgb, camera, masks=alpha, initializer=other)
+
+
+def test_packaged_ones_fit_their_models() -> None:
+    names = [path.stem for path in FOLDER.glob("*.safetensors")]
+    assert "franka_emika_panda" in names
+    for name in set(names) & set(zoo.names()):
+        model = zoo.load(name)
+        found = Initializer.packaged(model)
+        assert found is not None
+        assert found.keypoints.links.max() < len(model.tree.link_names)
+        spread = found.keypoints.points.abs().max()
+        assert spread < 1.0
+    assert Initializer.packaged(replace(zoo.load(names[0]), provenance={})) is None
 
 
 def test_pictures_of_one_seed_are_the_same(kinearm: SelfModel) -> None:

@@ -21,6 +21,7 @@ LEVELS = [
         "quaternions",
         "fourier_mlp",
         "files",
+        "video",
         "devices",
     ],
     ["description", "rasterizer"],

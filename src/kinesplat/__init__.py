@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kinesplat.camera import Camera
     from kinesplat.description import Robot, load_description
     from kinesplat.gaussians import Gaussians, Parameters
-    from kinesplat.inverse import CalibrationResult, FitResult, calibrate, reconstruct
+    from kinesplat.inverse import CalibrationResult, FitResult, TrackResult, calibrate, reconstruct, track
     from kinesplat.kinematics import KinematicTree
     from kinesplat.rasterizer import Render, rasterize, rasterize_links
     from kinesplat.self_model import SelfModel
@@ -28,12 +28,14 @@ __all__ = [
     "Render",
     "Robot",
     "SelfModel",
+    "TrackResult",
     "calibrate",
     "errors",
     "load_description",
     "rasterize",
     "rasterize_links",
     "reconstruct",
+    "track",
     "train",
     "zoo",
 ]
@@ -48,12 +50,14 @@ _HOME = {
     "Render": "rasterizer",
     "Robot": "description",
     "SelfModel": "self_model",
+    "TrackResult": "inverse",
     "calibrate": "inverse",
     "train": "training.recipes",
     "load_description": "description",
     "rasterize": "rasterizer",
     "rasterize_links": "rasterizer",
     "reconstruct": "inverse",
+    "track": "inverse",
 }
 
 

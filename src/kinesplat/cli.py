@@ -18,6 +18,7 @@ from kinesplat.commands.reconstruct import reconstruct
 from kinesplat.commands.render import render
 from kinesplat.commands.self_models import build, inspect, models
 from kinesplat.commands.show import benchmark, demo
+from kinesplat.commands.track import track
 from kinesplat.commands.train import train
 from kinesplat.errors import KinesplatError
 
@@ -33,6 +34,7 @@ COMMANDS = (
     reconstruct,
     initializer,
     calibrate,
+    track,
     benchmark,
 )
 

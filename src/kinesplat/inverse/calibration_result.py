@@ -11,7 +11,7 @@ from torch import Tensor
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError
 from kinesplat.inverse.calibration import CalibrationObjective, CameraGuesses, base_in_world
-from kinesplat.inverse.camera_search import angles_between, shapes_of
+from kinesplat.inverse.camera_search import angles_between
 from kinesplat.inverse.levenberg_marquardt import Solution
 from kinesplat.inverse.result import covariance_of
 from kinesplat.kinematics import KinematicTree
@@ -260,7 +260,7 @@ def image_qualities(
 ) -> tuple[ImageQuality, ...]:
     rgb, alpha = finest.render(best)
     losses = finest.losses(rgb, alpha)[0][0].tolist()
-    ious = silhouette_iou(alpha[0], shapes_of(finest.observation)).tolist()
+    ious = silhouette_iou(alpha[0], finest.observation.silhouette()).tolist()
     moved = {int(i): shift for group, shift in zip(groups, shifts, strict=True) for i in group}
     which = best.rig.camera_of_image.tolist()
     qualities = []

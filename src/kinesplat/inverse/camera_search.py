@@ -13,10 +13,8 @@ from torch import Tensor
 
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError
-from kinesplat.inverse.backdrop import moving_masks
 from kinesplat.inverse.calibration import CalibrationObjective, CameraGuesses, Level, Rig, at_level
 from kinesplat.inverse.levenberg_marquardt import levenberg_marquardt
-from kinesplat.inverse.observation import Observation
 
 ROTATIONS = 6_144
 RENDERED = 768
@@ -103,7 +101,7 @@ def search(
     """The best distinct of thousands of guesses of one camera, by the masks' boxes and small renderings."""
     seen, small = objective.observation, objective.observation.camera
     view = Camera(K, torch.eye(4), objective.full.width, objective.full.height).resized(small.width, small.height)
-    boxes = Boxes.of_masks(shapes_of(seen)).edges
+    boxes = Boxes.of_masks(seen.silhouette()).edges
     rows = spread_rows(rig.q, SEARCH_IMAGES)
     rows = rows[torch.isfinite(boxes[rows]).all(dim=1)]
     if not len(rows):
@@ -116,13 +114,6 @@ def search(
     few, guesses = objective.select(rows), CameraGuesses.start(rig.select(rows), T[:, None], K[None])
     losses = torch.cat([few.loss(guesses.select(c)).mean(dim=1) for c in torch.arange(len(T)).split(64)])
     return replace(guesses.select(distinct_rotations(T, losses, STARTS)), rig=rig)
-
-
-def shapes_of(seen: Observation) -> Float[Tensor, "images height width"]:
-    """The masks, or what stands out against a plain background, or what moves before the backdrop."""
-    if seen.mask is not None:
-        return seen.mask
-    return moving_masks(seen.rgb, seen.behind().expand(seen.rgb.shape))
 
 
 def random_rotations(count: int, generator: torch.Generator) -> Float[Tensor, "count 3 3"]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError
+from kinesplat.inverse.backdrop import moving_masks
 
 ImageLike = Any
 MASK_FLOOR = 0.02
@@ -89,9 +90,11 @@ class Observation:
         return cls(torch.where(mask[..., None] > MASK_FLOOR, rgb, background), mask, camera, background)
 
     def silhouette(self) -> Float[Tensor, "views height width"]:
-        """The masks, or what differs from the plain background."""
+        """The masks, or what differs from the background; before a backdrop, what moves, specks removed."""
         if self.mask is not None:
             return self.mask
+        if self.backdrop is not None:
+            return moving_masks(self.rgb, self.backdrop)
         return ((self.rgb - self.background).abs().amax(dim=-1) > BACKGROUND_TOLERANCE).float()
 
     def resized(self, long_side: int) -> "Observation":

@@ -71,7 +71,7 @@ PROPOSED_APART = 0.1
 @torch.no_grad()
 def reconstruct(
     model: SelfModel,
-    images: ImageLike,
+    images: ImageLike | Observation,
     camera: Camera | None = None,
     *,
     K: Float[Tensor, "*batch 3 3"] | None = None,
@@ -96,6 +96,7 @@ def reconstruct(
     Args:
         model: self-model of the robot.
         images: ``(height, width, 3)`` or ``(views, height, width, 3)`` of ONE configuration; float in [0, 1] or uint8.
+            Or an `Observation`, which brings masks or a backdrop along, and K.
         camera: one camera or one per view; with `optimize_camera` it is the first guess, right within about 0.1 rad and
             5 % of the distance, or None: then every direction is tried, and the distance follows from the mask.
         K: ``(3, 3)`` intrinsics [px] that replace those of `camera`; needed where `camera` is None.
@@ -117,7 +118,10 @@ def reconstruct(
     """
     began = time.perf_counter()
     known, device, model = camera is not None, model.parameters.means.device, model.to("cpu")
-    observation = Observation.create(images, masks, _checked_camera(camera, K, images, optimize_camera))
+    if isinstance(images, Observation):
+        observation = images
+    else:
+        observation = Observation.create(images, masks, _checked_camera(camera, K, images, optimize_camera))
     learned = (initializer or None) if q_init is not None or initializer is not None else Initializer.packaged(model)
     if learned is not None:
         learned.check_fits(model)

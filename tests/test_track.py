@@ -1,0 +1,166 @@
+"""Tracking: a moving arm before clutter, losses and recoveries, videos in and out, resumed runs."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import kinesplat as ks
+from kinesplat import cli
+from kinesplat.errors import InputError
+from kinesplat.files import write_png
+from kinesplat.inverse.track import start_tracker
+from kinesplat.video import frame_rate, read_frames, write_video
+
+FRAMES = 8
+
+
+@pytest.fixture(scope="module")
+def arm(kinearm: ks.SelfModel) -> ks.SelfModel:
+    return kinearm.subsample(2_000)
+
+
+@pytest.fixture(scope="module")
+def clip(arm: ks.SelfModel) -> tuple[torch.Tensor, ks.Camera, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Configurations, camera, frames before clutter, masks, and the clutter alone."""
+    tree = arm.tree
+    t = torch.linspace(0.0, 1.0, FRAMES)[:, None]
+    swing = torch.linspace(0.5, 1.0, tree.dof) * torch.minimum(0.3 * (tree.q_upper - tree.q_lower), torch.tensor(0.2))
+    q = tree.clamp(tree.q_canonical + swing.float() * torch.sin(2.0 * math.pi * t * 0.6 + torch.arange(tree.dof)))
+    camera = ks.Camera.framing(arm.posed(q).means.flatten(0, 1), width=72, height=64)
+    out = arm.render(q, camera)
+    assert out.rgb is not None
+    assert out.alpha is not None
+    clutter = torch.rand(1, 3, 8, 9, generator=torch.Generator().manual_seed(0))
+    clutter = torch.nn.functional.interpolate(clutter, size=(64, 72), mode="bicubic")[0].permute(1, 2, 0).clamp(0, 1)
+    frames = (out.rgb - (1.0 - out.alpha[..., None]) * (1.0 - clutter)).clamp(0, 1)
+    return q, camera, frames, out.alpha.clamp(0, 1), clutter
+
+
+def arm_off(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Largest error of waist, shoulder and elbow; what a picture of 64 px shows of the wrist is little."""
+    return (a - b).abs()[:, :3].amax(dim=1)
+
+
+def test_before_clutter(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]) -> None:
+    q, camera, frames, _, clutter = clip
+    result = ks.track(arm, iter(frames), camera, backdrop=clutter, q_init=q[0] + 0.05)
+    assert result.q.shape == q.shape
+    assert arm_off(result.q, q).max() < 0.03
+    assert result.states == ("searched", *["tracked"] * (FRAMES - 1))
+    assert result.verdict == "tracked"
+    assert "8 frames" in result.report()
+    assert result.std.shape == q.shape
+
+
+def test_lost_and_found_again(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]) -> None:
+    """Frames without the robot; afterwards it is elsewhere."""
+    q, camera, frames, _, scene = clip
+    order = [0, 1, None, None, 5, 6]
+    shown = [scene if i is None else frames[i] for i in order]
+    with patch("kinesplat.inverse.track.RETRY_FRAMES", 2):
+        result = ks.track(arm, shown, camera, backdrop=scene, q_init=q[0])
+    assert result.states[2:4] == ("lost", "lost")
+    assert result.verdict == "partly lost"
+    assert torch.equal(result.q[2], result.q[1])
+    assert "lost" not in result.states[4:]
+    assert arm_off(result.q[4:], q[5:7]).max() < 0.03
+
+
+def test_with_masks_and_a_moving_camera(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]) -> None:
+    q, camera, frames, masks, _ = clip
+    first = ks.Camera(camera.K, camera.T_cam_world.clone(), camera.width, camera.height)
+    result = ks.track(arm, frames[:4], first, masks=masks[:4], q_init=q[0], optimize_camera=True)
+    assert result.camera.T_cam_world.shape == (4, 4, 4)
+    assert result.verdict == "tracked"
+    moved = result.camera.T_cam_world @ arm.tree.forward_kinematics(result.q)[:, -1].float()
+    still = camera.T_cam_world @ arm.tree.forward_kinematics(q[:4])[:, -1].float()
+    assert (moved - still)[:, :3, 3].norm(dim=-1).max() < 0.08  # the hand in the camera; base and joints trade off
+
+
+def test_frames_do_not_depend_on_interruptions(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]) -> None:
+    q, camera, frames, _, _ = clip
+    with patch("kinesplat.inverse.track.BACKDROP_STEP", 2):
+        tracker = start_tracker(arm, frames, camera, q_init=q[0])
+        whole = list(tracker.frames())
+        rest = list(tracker.frames(whole[:5]))
+    assert len(rest) == FRAMES - 5
+    for a, b in zip(whole[5:], rest, strict=True):
+        assert torch.equal(a.q, b.q)
+        assert a.loss == b.loss
+
+
+def test_command(
+    arm: ks.SelfModel, clip: tuple[torch.Tensor, ...], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """From a folder of pictures to a table and an overlay GIF; an interrupted run goes on."""
+    q, camera, frames, masks, _ = clip
+    for name, pictures in (("frames", frames), ("masks", masks)):
+        (tmp_path / name).mkdir()
+        for i, picture in enumerate(pictures[:4]):
+            write_png(tmp_path / name / f"{i:03}.png", picture)
+    arm.save(tmp_path / "arm.safetensors")
+    (tmp_path / "camera.json").write_text(json.dumps(camera.to_json()))
+    start = [f"{v:.4f}" for v in q[0].tolist()]
+    words = ["kinesplat", "track", str(tmp_path / "arm.safetensors"), str(tmp_path / "frames")]
+    words += ["--camera", str(tmp_path / "camera.json"), "-o", str(tmp_path / "out.csv"), "--q-init", *start]
+    words += ["--masks", str(tmp_path / "masks")]
+    with patch("sys.argv", [*words, "--overlay", str(tmp_path / "out.gif"), "--json", str(tmp_path / "out.json")]):
+        cli.main()
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    assert [row["state"] for row in rows] == ["searched", "tracked", "tracked", "tracked"]
+    found = torch.tensor([[float(row[name]) for name in arm.tree.joint_names] for row in rows])
+    assert arm_off(found, q[:4]).max() < 0.03
+    assert len(list(read_frames(tmp_path / "out.gif"))) == 4
+    assert not list(tmp_path.glob("*.partial.jsonl"))
+    assert "4 frames" in capsys.readouterr().out
+    before = (tmp_path / "out.csv").read_bytes()
+    partial = tmp_path / "out.csv.partial.jsonl"
+    cut_off = patch("kinesplat.commands.track.write_table", side_effect=KeyboardInterrupt)
+    with patch("sys.argv", words), cut_off, pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130
+    lines = partial.read_text().splitlines()
+    partial.write_text("\n".join([*lines[:2], lines[2][:40]]))
+    with patch("sys.argv", [*words, "--resume"]):
+        cli.main()
+    assert (tmp_path / "out.csv").read_bytes() == before
+
+
+def test_videos(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    frames = torch.rand(3, 1, 1, 3).expand(3, 33, 48, 3)
+    write_video(tmp_path / "a.mp4", frames, 25.0)
+    back = torch.stack(list(read_frames(tmp_path / "a.mp4"))).float() / 255.0
+    assert back.shape == (3, 32, 48, 3)
+    assert (back - frames[:, :32]).abs().mean() < 0.03
+    assert frame_rate(tmp_path / "a.mp4") == pytest.approx(25.0)
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    with pytest.raises(InputError, match=r"b\.mp4: not a video"):
+        list(read_frames(tmp_path / "b.mp4"))
+    with pytest.raises(InputError, match=r"\.mp4 or \.gif"):
+        write_video(tmp_path / "a.webm", frames, 25.0)
+    with pytest.raises(InputError, match="no such file"):
+        read_frames(tmp_path / "c.mp4")
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_bad_input(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]) -> None:
+    _, camera, frames, masks, _ = clip
+    with pytest.raises(InputError, match="no frame"):
+        ks.track(arm, [], camera)
+    with pytest.raises(InputError, match="no mask for frame 2"):
+        ks.track(arm, frames, camera, masks=masks[:2])
+    with pytest.raises(InputError, match="frame 1: images are"):
+        ks.track(arm, [frames[0], frames[1, :-1]], camera)
+    with pytest.raises(InputError, match="three frames or more"):
+        ks.track(arm, frames[:2], camera)
+    with pytest.raises(InputError, match="needs masks or a plain background"):
+        ks.track(arm, frames, camera, optimize_camera=True)
+    with pytest.raises(InputError, match="camera is None"):
+        ks.track(arm, frames)

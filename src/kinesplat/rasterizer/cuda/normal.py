@@ -17,9 +17,13 @@ from kinesplat.rasterizer.cuda.splat import (
     eye,
     harmonic,
     inverse_length,
+    load3,
+    load_quat,
     load_transform,
     rotation,
     slope,
+    store3,
+    times,
 )
 
 SLOPE_FLOATS = 40  # of a splat: mean 2 x 6, covariance 3 x 6, colour 3 x 3 (by v, or by w along the axis), 1 unused
@@ -41,6 +45,21 @@ def store_row(to, mask, g0, g1, g2, p0, p1, p2, c0, c1, c2):
 
 @triton.jit
 @no_type_check
+def channel_slope(sh, row, channel, mask, d0, d1, d2, COEFFICIENTS: tl.constexpr):
+    """Derivative of one colour channel by its unit direction, across it."""
+    g0, g1, g2 = d0 * 0, d0 * 0, d0 * 0
+    for k in tl.static_range(1, COEFFICIENTS):
+        _value, h0, h1, h2 = harmonic(k, d0, d1, d2)
+        value = tl.load(sh + (row * COEFFICIENTS + k) * 3 + channel, mask=mask, other=0.0)
+        g0 += h0 * value
+        g1 += h1 * value
+        g2 += h2 * value
+    along = dot3(d0, d1, d2, g0, g1, g2)
+    return g0 - d0 * along, g1 - d1 * along, g2 - d2 * along
+
+
+@triton.jit
+@no_type_check
 def twist_slopes(
     means, quats, scales, sh, index, Ts, K, set_of_image, slopes, n, links, width, height,
     COEFFICIENTS: tl.constexpr, AXIS: tl.constexpr, BLOCK: tl.constexpr,
@@ -55,25 +74,11 @@ def twist_slopes(
     a00, a01, a02, t0, a10, a11, a12, t1, a20, a21, a22, t2, _ = load_transform(
         Ts, image, index, index, i, mask, links, 1, False
     )
-    m0, m1, m2 = (
-        tl.load(means + row * 3, mask=mask, other=0.0),
-        tl.load(means + row * 3 + 1, mask=mask, other=0.0),
-        tl.load(means + row * 3 + 2, mask=mask, other=0.0),
-    )
-    qw, qx, qy, qz = (
-        tl.load(quats + row * 4, mask=mask, other=1.0),
-        tl.load(quats + row * 4 + 1, mask=mask, other=0.0),
-        tl.load(quats + row * 4 + 2, mask=mask, other=0.0),
-        tl.load(quats + row * 4 + 3, mask=mask, other=0.0),
-    )
-    s0, s1, s2 = (
-        tl.load(scales + row * 3, mask=mask, other=0.0),
-        tl.load(scales + row * 3 + 1, mask=mask, other=0.0),
-        tl.load(scales + row * 3 + 2, mask=mask, other=0.0),
-    )
-    p0 = dot3(a00, a01, a02, m0, m1, m2) + t0
-    p1 = dot3(a10, a11, a12, m0, m1, m2) + t1
-    p2 = dot3(a20, a21, a22, m0, m1, m2) + t2
+    m0, m1, m2 = load3(means, row, mask)
+    qw, qx, qy, qz = load_quat(quats, row, mask)
+    s0, s1, s2 = load3(scales, row, mask)
+    p0, p1, p2 = times(a00, a01, a02, a10, a11, a12, a20, a21, a22, m0, m1, m2)
+    p0, p1, p2 = p0 + t0, p1 + t1, p2 + t2
     z = tl.where(p2 < NEAR, 1.0, p2)
     sx, in_x = slope(p0, z, fx, cx, width)
     sy, in_y = slope(p1, z, fy, cy, height)
@@ -82,16 +87,14 @@ def twist_slopes(
     R00, R01, R02, R10, R11, R12, R20, R21, R22 = rotation(qw * shrink, qx * shrink, qy * shrink, qz * shrink)
     b00, b01, b02, b10, b11, b12 = R00 * s0, R01 * s1, R02 * s2, R10 * s0, R11 * s1, R12 * s2
     b20, b21, b22 = R20 * s0, R21 * s1, R22 * s2
-    M00, M01 = dot3(a00, a01, a02, b00, b10, b20), dot3(a00, a01, a02, b01, b11, b21)
-    M02, M10 = dot3(a00, a01, a02, b02, b12, b22), dot3(a10, a11, a12, b00, b10, b20)
-    M11, M12 = dot3(a10, a11, a12, b01, b11, b21), dot3(a10, a11, a12, b02, b12, b22)
-    M20, M21 = dot3(a20, a21, a22, b00, b10, b20), dot3(a20, a21, a22, b01, b11, b21)
-    M22 = dot3(a20, a21, a22, b02, b12, b22)
-    # Rows e, f of J M; u = S e^T-like vectors u = M e^T, w = M f^T are the columns of S J^T.
+    M00, M10, M20 = times(a00, a01, a02, a10, a11, a12, a20, a21, a22, b00, b10, b20)
+    M01, M11, M21 = times(a00, a01, a02, a10, a11, a12, a20, a21, a22, b01, b11, b21)
+    M02, M12, M22 = times(a00, a01, a02, a10, a11, a12, a20, a21, a22, b02, b12, b22)
+    # Rows e, f of J M; u = M e^T and w = M f^T are the columns of S J^T.
     e0, e1, e2 = jx * M00 + jxz * M20, jx * M01 + jxz * M21, jx * M02 + jxz * M22
     f0, f1, f2 = jy * M10 + jyz * M20, jy * M11 + jyz * M21, jy * M12 + jyz * M22
-    u0, u1, u2 = dot3(M00, M01, M02, e0, e1, e2), dot3(M10, M11, M12, e0, e1, e2), dot3(M20, M21, M22, e0, e1, e2)
-    w0, w1, w2 = dot3(M00, M01, M02, f0, f1, f2), dot3(M10, M11, M12, f0, f1, f2), dot3(M20, M21, M22, f0, f1, f2)
+    u0, u1, u2 = times(M00, M01, M02, M10, M11, M12, M20, M21, M22, e0, e1, e2)
+    w0, w1, w2 = times(M00, M01, M02, M10, M11, M12, M20, M21, M22, f0, f1, f2)
     # d(row of J)/dp . vector: first row (x) with u and w, second row (y) likewise; only p_x, p_z and p_y, p_z enter.
     kx, ky = tl.where(in_x, jx / z, 0.0), tl.where(in_y, jy / z, 0.0)
     xu_x, xw_x, yu_y, yw_y = -kx * u2, -kx * w2, -ky * u2, -ky * w2
@@ -111,35 +114,23 @@ def twist_slopes(
     # From the camera's centre, colours see m + A^T t, which a turn leaves alone and a shift v moves by A^T v; along its
     # axis, A^T z, which a shift leaves alone and a turn w moves by A^T (z x w).
     near, z0, z1, z2 = eye(t0, t1, t2, AXIS)
-    d0 = near * m0 + dot3(a00, a10, a20, z0, z1, z2)
-    d1 = near * m1 + dot3(a01, a11, a21, z0, z1, z2)
-    d2 = near * m2 + dot3(a02, a12, a22, z0, z1, z2)
+    d0, d1, d2 = times(a00, a10, a20, a01, a11, a21, a02, a12, a22, z0, z1, z2)
+    d0, d1, d2 = near * m0 + d0, near * m1 + d1, near * m2 + d2
     inverse = inverse_length(d0, d1, d2)
     d0, d1, d2 = d0 * inverse, d1 * inverse, d2 * inverse
     red, green, blue = colour(sh, row, mask, d0, d1, d2, COEFFICIENTS)
     for channel in tl.static_range(3):
-        g0, g1, g2 = none, none, none
-        for k in tl.static_range(1, COEFFICIENTS):
-            _, h0, h1, h2 = harmonic(k, d0, d1, d2)
-            value = tl.load(sh + (row * COEFFICIENTS + k) * 3 + channel, mask=mask, other=0.0)
-            g0 += h0 * value
-            g1 += h1 * value
-            g2 += h2 * value
+        g0, g1, g2 = channel_slope(sh, row, channel, mask, d0, d1, d2, COEFFICIENTS)
         shade = red
         if channel == 1:
             shade = green
         if channel == 2:
             shade = blue
         factor = tl.where(shade >= 0, inverse, 0.0)
-        along = dot3(d0, d1, d2, g0, g1, g2)
-        g0, g1, g2 = (g0 - d0 * along) * factor, (g1 - d1 * along) * factor, (g2 - d2 * along) * factor
-        v0, v1 = dot3(a00, a01, a02, g0, g1, g2), dot3(a10, a11, a12, g0, g1, g2)
-        v2 = dot3(a20, a21, a22, g0, g1, g2)
+        v0, v1, v2 = times(a00, a01, a02, a10, a11, a12, a20, a21, a22, g0 * factor, g1 * factor, g2 * factor)
         if AXIS:
             v0, v1, v2 = v1, -v0, none
-        tl.store(to + 30 + 3 * channel, v0, mask=mask)
-        tl.store(to + 31 + 3 * channel, v1, mask=mask)
-        tl.store(to + 32 + 3 * channel, v2, mask=mask)
+        store3(to + 30 + 3 * channel, 0, mask, v0, v1, v2)
 
 
 @triton.jit
@@ -153,7 +144,7 @@ def falloff_slope(to, k: tl.constexpr, cx, cy):
 
 @triton.jit
 @no_type_check
-def write_block(to, gradient, lane, root, error, J0, J1, J2, J3, J4, J5, g0, g1, g2, g3, g4, g5, P: tl.constexpr):
+def write_block(to, lane, root, error, J0, J1, J2, J3, J4, J5, g0, g1, g2, g3, g4, g5, P: tl.constexpr):
     """Store one channel of a block, times the root of its weight; add its share of J^T W r."""
     J0, J1, J2, J3, J4, J5 = J0 * root, J1 * root, J2 * root, J3 * root, J4 * root, J5 * root
     tl.store(to + lane, J0)
@@ -179,9 +170,7 @@ def jacobian_blocks(
     start = tl.load(starts + number)
     T = tl.load(left + pixel, mask=inside, other=1.0)
     final = tl.load(last + pixel, mask=inside, other=-1)
-    tint_r = tl.load(behind + pixel * 3, mask=inside, other=0.0)
-    tint_g = tl.load(behind + pixel * 3 + 1, mask=inside, other=0.0)
-    tint_b = tl.load(behind + pixel * 3 + 2, mask=inside, other=0.0)
+    tint_r, tint_g, tint_b = load3(behind, pixel, inside)
     z = T * 0
     sum_r, sum_g, sum_b, sum_a = z, z, z, z
     r0, r1, r2, r3, r4, r5 = z, z, z, z, z, z
@@ -239,23 +228,13 @@ def jacobian_blocks(
     e_g = tl.load(errors + pixel * 4 + 1, mask=inside, other=0.0)
     e_b = tl.load(errors + pixel * 4 + 2, mask=inside, other=0.0)
     e_a = tl.load(errors + pixel * 4 + 3, mask=inside, other=0.0)
-    s0, s1, s2, s3, s4, s5 = write_block(to, gradients, lane, root, e_r, r0, r1, r2, r3, r4, r5, z, z, z, z, z, z, P)
-    s0, s1, s2, s3, s4, s5 = write_block(
-        to + P, gradients, lane, root, e_g, g0, g1, g2, g3, g4, g5, s0, s1, s2, s3, s4, s5, P
-    )
-    s0, s1, s2, s3, s4, s5 = write_block(
-        to + 2 * P, gradients, lane, root, e_b, b0, b1, b2, b3, b4, b5, s0, s1, s2, s3, s4, s5, P
-    )
+    s0, s1, s2, s3, s4, s5 = write_block(to, lane, root, e_r, r0, r1, r2, r3, r4, r5, z, z, z, z, z, z, P)
+    s0, s1, s2, s3, s4, s5 = write_block(to + P, lane, root, e_g, g0, g1, g2, g3, g4, g5, s0, s1, s2, s3, s4, s5, P)
+    s0, s1, s2, s3, s4, s5 = write_block(to + 2 * P, lane, root, e_b, b0, b1, b2, b3, b4, b5, s0, s1, s2, s3, s4, s5, P)
     root = tl.load(roots + pixel * 2 + 1, mask=inside, other=0.0)
-    s0, s1, s2, s3, s4, s5 = write_block(
-        to + 3 * P, gradients, lane, root, e_a, a0, a1, a2, a3, a4, a5, s0, s1, s2, s3, s4, s5, P
-    )
-    tl.store(gradients + program * 6, tl.sum(s0))
-    tl.store(gradients + program * 6 + 1, tl.sum(s1))
-    tl.store(gradients + program * 6 + 2, tl.sum(s2))
-    tl.store(gradients + program * 6 + 3, tl.sum(s3))
-    tl.store(gradients + program * 6 + 4, tl.sum(s4))
-    tl.store(gradients + program * 6 + 5, tl.sum(s5))
+    s0, s1, s2, s3, s4, s5 = write_block(to + 3 * P, lane, root, e_a, a0, a1, a2, a3, a4, a5, s0, s1, s2, s3, s4, s5, P)
+    store3(gradients, program * 2, True, tl.sum(s0), tl.sum(s1), tl.sum(s2))
+    store3(gradients, program * 2 + 1, True, tl.sum(s3), tl.sum(s4), tl.sum(s5))
 
 
 @triton.jit

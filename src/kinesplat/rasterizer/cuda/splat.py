@@ -35,6 +35,41 @@ def dot3(ax, ay, az, bx, by, bz):
 
 @triton.jit
 @no_type_check
+def times(a00, a01, a02, a10, a11, a12, a20, a21, a22, x, y, z):
+    """A v, A given by rows; A^T v where its columns are given."""
+    return dot3(a00, a01, a02, x, y, z), dot3(a10, a11, a12, x, y, z), dot3(a20, a21, a22, x, y, z)
+
+
+@triton.jit
+@no_type_check
+def load3(values, row, mask):
+    """Three floats of a row, zeros where masked."""
+    at = values + row * 3
+    x, y = tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
+    return x, y, tl.load(at + 2, mask=mask, other=0.0)
+
+
+@triton.jit
+@no_type_check
+def load_quat(values, row, mask):
+    """A quaternion as it is, the identity where masked."""
+    at = values + row * 4
+    w, x = tl.load(at, mask=mask, other=1.0), tl.load(at + 1, mask=mask, other=0.0)
+    y, z = tl.load(at + 2, mask=mask, other=0.0), tl.load(at + 3, mask=mask, other=0.0)
+    return w, x, y, z
+
+
+@triton.jit
+@no_type_check
+def store3(values, row, mask, x, y, z):
+    """Three floats of a row."""
+    tl.store(values + row * 3, x, mask=mask)
+    tl.store(values + row * 3 + 1, y, mask=mask)
+    tl.store(values + row * 3 + 2, z, mask=mask)
+
+
+@triton.jit
+@no_type_check
 def inverse_length(x, y, z):
     """1 / length, and 0 for the zero vector."""
     square = dot3(x, y, z, x, y, z)

@@ -13,6 +13,7 @@ from kinesplat.commands.calibrate import calibrate
 from kinesplat.commands.common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, err
 from kinesplat.commands.dataset import dataset
 from kinesplat.commands.evaluate import evaluate
+from kinesplat.commands.evaluate_pose import evaluate_pose
 from kinesplat.commands.initializer import initializer
 from kinesplat.commands.reconstruct import reconstruct
 from kinesplat.commands.render import render
@@ -28,6 +29,7 @@ COMMANDS = (
     dataset,
     train,
     evaluate,
+    evaluate_pose,
     inspect,
     models,
     render,

@@ -1,0 +1,211 @@
+"""Pose-estimation benchmarks in the DREAM (NDDS) format: reader, per-joint errors, ADD and its area under the curve.
+
+A folder is one video: ``_camera_settings.json`` with the intrinsics, and for every frame ``NNNNNN.json`` beside
+``NNNNNN.rgb.jpg`` (or .png): joint positions in ``sim_state.joints`` [rad]/[m] and, in ``objects[0].keypoints``, the
+origins of some links in the camera's frame, in metres (real recordings) or centimetres (synthetic ones).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kinesplat.camera import Camera
+from kinesplat.errors import InputError
+from kinesplat.kinematics import KinematicTree
+
+AUC_LIMIT_M = 0.1
+CENTIMETRES_BEYOND = 20.0
+
+
+@dataclass(frozen=True)
+class PoseSequence:
+    """One folder.
+
+    Attributes:
+        name: of the folder.
+        images: one file per frame, in order.
+        K: ``(3, 3)`` [px].
+        width: of the images [px].
+        height: of the images [px].
+        q: ``(frames, dof)`` annotated joints [rad]/[m]; canonical values where a joint is not annotated.
+        annotated: ``(dof,)`` whether it is.
+        links: index of the link behind every keypoint.
+        keypoints: ``(frames, keypoints, 3)`` their origins in the camera's frame [m].
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    K: Float[Tensor, "3 3"]
+    width: int
+    height: int
+    q: Float[Tensor, "frames dof"]
+    annotated: Tensor
+    links: tuple[int, ...]
+    keypoints: Float[Tensor, "frames keypoints 3"]
+
+    @classmethod
+    def read(cls, folder: Path, tree: KinematicTree) -> "PoseSequence":
+        """Read a folder for a robot; names of joints and links match with or without a prefix as in "panda_joint1".
+
+        Raises:
+            InputError: something is missing, broken, or fits no joint or link of the robot.
+        """
+        K, width, height = read_intrinsics(folder / "_camera_settings.json")
+        files = sorted(p for p in folder.glob("*.json") if p.stem.isdigit())
+        if not files:
+            raise InputError(f"{folder} holds no frame (NNNNNN.json)")
+        frames = [_frame(path) for path in files]
+        joints = match_names([joint["name"] for joint in frames[0][0]], tree.joint_names)
+        links = match_names([point["name"] for point in frames[0][1]], tree.link_names)
+        if not joints or not links:
+            kind, valid = ("joint", tree.joint_names) if not joints else ("link", tree.link_names)
+            raise InputError(f"{files[0]}: no {kind} of the robot is annotated; it has {', '.join(valid)}")
+        q = tree.q_canonical.float().repeat(len(files), 1)
+        keypoints = torch.zeros(len(files), len(links), 3)
+        for i, (angles, points) in enumerate(frames):
+            try:
+                for source, target in joints.items():
+                    q[i, target] = float(angles[source]["position"])
+                for column, source in enumerate(links):
+                    keypoints[i, column] = torch.tensor(points[source]["location"])
+            except (IndexError, KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{files[i]}: a joint or keypoint of the first frame is missing ({error})") from error
+        if keypoints[..., 2].median() > CENTIMETRES_BEYOND:
+            keypoints = 0.01 * keypoints
+        annotated = torch.zeros(tree.dof, dtype=torch.bool)
+        annotated[list(joints.values())] = True
+        images = tuple(_image_of(path) for path in files)
+        return cls(folder.name, images, K, width, height, q, annotated, tuple(links.values()), keypoints)
+
+    def first(self, count: int) -> "PoseSequence":
+        """The first frames alone."""
+        return replace(self, images=self.images[:count], q=self.q[:count], keypoints=self.keypoints[:count])
+
+    def camera(self, tree: KinematicTree) -> Camera:
+        """The camera of the first frame, from its keypoints and joints (rigid alignment, Kabsch 1976)."""
+        world = tree.forward_kinematics(self.q[0])[list(self.links), :3, 3]
+        T = rigid_alignment(world.double(), self.keypoints[0].double()).float()
+        return Camera(self.K, T, self.width, self.height)
+
+
+@dataclass(frozen=True)
+class PoseErrors:
+    """How far estimates are from the annotations.
+
+    Attributes:
+        joint_error_rad: mean absolute error by joint name; full turns are no error.
+        joint_error_mean_rad: mean over joints.
+        add_mm: mean distance of the keypoints (ADD), mean over the frames [mm].
+        add_median_mm: the same, median over the frames.
+        add_auc: area under the curve "share of frames below a threshold of ADD", 0 to 100 mm, over 100 mm.
+        frames: how many.
+    """
+
+    joint_error_rad: dict[str, float]
+    joint_error_mean_rad: float
+    add_mm: float
+    add_median_mm: float
+    add_auc: float
+    frames: int
+
+
+def pose_errors(
+    tree: KinematicTree,
+    sequence: PoseSequence,
+    q: Float[Tensor, "frames dof"],
+    T_cam_world: Float[Tensor, "*#frames 4 4"],
+) -> PoseErrors:
+    """Errors of estimated joints and cameras.
+
+    Args:
+        tree: the robot.
+        sequence: the annotations.
+        q: ``(frames, dof)`` estimates [rad]/[m].
+        T_cam_world: ``(4, 4)`` or ``(frames, 4, 4)``: estimated, or known.
+    """
+    hinge = torch.tensor([kind != "slide" for kind in tree.joint_types])
+    away = q - sequence.q
+    turned = torch.remainder(away + torch.pi, 2.0 * torch.pi) - torch.pi
+    errors = torch.where(hinge, turned, away).abs().mean(dim=0)
+    judged = sequence.annotated & hinge
+    names = [name for name, taken in zip(tree.joint_names, judged.tolist(), strict=True) if taken]
+    points = (T_cam_world[..., None, :, :] @ tree.forward_kinematics(q)[:, list(sequence.links)].float())[..., :3, 3]
+    add = (points - sequence.keypoints).norm(dim=-1).mean(dim=-1)
+    return PoseErrors(
+        joint_error_rad=dict(zip(names, errors[judged].tolist(), strict=True)),
+        joint_error_mean_rad=errors[judged].mean().item(),
+        add_mm=1000.0 * add.mean().item(),
+        add_median_mm=1000.0 * add.median().item(),
+        add_auc=add_auc(add),
+        frames=len(q),
+    )
+
+
+def add_auc(add: Float[Tensor, " frames"], limit: float = AUC_LIMIT_M) -> float:
+    """Area under the curve of the share of frames below a threshold from 0 to `limit` [m], over `limit`: exact."""
+    return (1.0 - add / limit).clamp(min=0.0).mean().item()
+
+
+def rigid_alignment(source: Float[Tensor, "n 3"], target: Float[Tensor, "n 3"]) -> Float[Tensor, "4 4"]:
+    """The rigid motion that brings `source` closest to `target` in the sense of least squares."""
+    a, b = source - source.mean(dim=0), target - target.mean(dim=0)
+    U, _, Vt = torch.linalg.svd(a.T @ b)
+    flip = torch.diag(torch.tensor([1.0, 1.0, torch.sign(torch.det(U @ Vt)).item()]).to(U))
+    T = torch.eye(4).to(U)
+    T[:3, :3] = (U @ flip @ Vt).T
+    T[:3, 3] = target.mean(dim=0) - T[:3, :3] @ source.mean(dim=0)
+    return T
+
+
+def read_intrinsics(path: Path) -> tuple[Float[Tensor, "3 3"], int, int]:
+    """K [px], width and height of ``_camera_settings.json``.
+
+    Raises:
+        InputError: it is missing or lacks a key.
+    """
+    try:
+        entry = json.loads(path.read_text())["camera_settings"][0]
+        s = entry["intrinsic_settings"]
+        size = entry.get("captured_image_size") or s["resolution"]
+        K = [[s["fx"], s.get("s", 0.0), s["cx"]], [0.0, s["fy"], s["cy"]], [0.0, 0.0, 1.0]]
+        return torch.tensor(K, dtype=torch.float32), int(size["width"]), int(size["height"])
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: no NDDS camera settings ({error!r})") from error
+
+
+def match_names(given: Sequence[str], valid: Sequence[str]) -> dict[int, int]:
+    """Index of every given name that is a valid one, but for a path or a prefix, to the index of that one."""
+    found = {}
+    for i, name in enumerate(given):
+        last = name.rsplit("/", 1)[-1]
+        fits = [k for k, v in enumerate(valid) if last == v or last.endswith(f"_{v}") or v.endswith(f"_{last}")]
+        if fits:
+            found[i] = max(fits, key=lambda k: len(valid[k]))
+    return found
+
+
+def _frame(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Joints and keypoints of one frame."""
+    try:
+        data = json.loads(path.read_text())
+        return data["sim_state"]["joints"], data["objects"][0]["keypoints"]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: no NDDS annotation ({error!r})") from error
+
+
+def _image_of(path: Path) -> Path:
+    for ending in (".rgb.jpg", ".rgb.png", ".jpg", ".png"):
+        candidate = path.with_name(path.stem + ending)
+        if candidate.is_file():
+            return candidate
+    raise InputError(f"{path}: no picture {path.stem}.rgb.jpg or .rgb.png beside it")

@@ -1,0 +1,153 @@
+"""Pose benchmarks: generated folders in the DREAM (NDDS) format, errors against closed forms, the command."""
+
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+import kinesplat as ks
+from kinesplat import cli
+from kinesplat.errors import InputError
+from kinesplat.evaluation.pose import PoseSequence, add_auc, match_names, pose_errors, rigid_alignment
+from kinesplat.files import write_png
+
+LINKS = ("base", "upper_arm", "forearm", "palm")
+
+
+def write_ndds(folder: Path, model: ks.SelfModel, q: torch.Tensor, camera: ks.Camera, unit: float) -> None:
+    """Frames, masks and annotations as NDDS lays them out; `unit` scales the locations, 100 for centimetres."""
+    folder.mkdir(parents=True)
+    K = camera.K
+    intrinsics = {"fx": K[0, 0].item(), "fy": K[1, 1].item(), "cx": K[0, 2].item(), "cy": K[1, 2].item(), "s": 0.0}
+    settings = {
+        "intrinsic_settings": intrinsics,
+        "captured_image_size": {"width": camera.width, "height": camera.height},
+    }
+    (folder / "_camera_settings.json").write_text(json.dumps({"camera_settings": [settings]}))
+    (folder / "_object_settings.json").write_text(
+        json.dumps({"exported_object_classes": ["arm"], "exported_objects": []})
+    )
+    out = model.render(q, camera)
+    assert out.rgb is not None
+    assert out.alpha is not None
+    index = [model.tree.link_names.index(name) for name in LINKS]
+    world = model.tree.forward_kinematics(q)[:, index, :3, 3].float()
+    for i in range(len(q)):
+        pixels, _ = camera.project(world[i])
+        points = world[i] @ camera.T_cam_world[:3, :3].T + camera.T_cam_world[:3, 3]
+        keypoints = [
+            {"name": f"arm_{n}", "location": (unit * p).tolist(), "projected_location": x.tolist()}
+            for n, p, x in zip(LINKS, points, pixels, strict=True)
+        ]
+        joints = [
+            {"name": f"robot/arm_{n}", "position": v, "velocity": 0.0}
+            for n, v in zip(model.tree.joint_names, q[i].tolist(), strict=True)
+        ]
+        frame = {"objects": [{"class": "arm", "keypoints": keypoints}], "sim_state": {"joints": joints}}
+        (folder / f"{i:06}.json").write_text(json.dumps(frame))
+        write_png(folder / f"{i:06}.rgb.png", out.rgb[i])
+        write_png(folder / f"{i:06}.mask.png", out.alpha[i])
+
+
+@pytest.fixture(scope="module")
+def arm(kinearm: ks.SelfModel) -> ks.SelfModel:
+    return kinearm.subsample(2_000)
+
+
+@pytest.fixture
+def recorded(arm: ks.SelfModel, tmp_path: Path) -> tuple[Path, torch.Tensor, ks.Camera]:
+    q = arm.tree.q_canonical.float() + torch.linspace(0.0, 0.1, 4)[:, None] * torch.tensor([1.0, 1, -1, 1, 1, 1, 0])
+    q = arm.tree.clamp(q)
+    camera = ks.Camera.framing(arm.posed(q).means.flatten(0, 1), width=72, height=64)
+    write_ndds(tmp_path / "video", arm, q, camera, 100.0)
+    return tmp_path / "video", q, camera
+
+
+def test_reading(arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, ks.Camera]) -> None:
+    folder, q, camera = recorded
+    sequence = PoseSequence.read(folder, arm.tree)
+    assert torch.allclose(sequence.q, q)
+    assert bool(sequence.annotated.all())
+    assert torch.allclose(sequence.K, camera.K)
+    assert sequence.keypoints.shape == (4, len(LINKS), 3)
+    assert torch.allclose(sequence.camera(arm.tree).T_cam_world, camera.T_cam_world, atol=1e-4)  # centimetres undone
+    perfect = pose_errors(arm.tree, sequence, q, camera.T_cam_world)
+    assert perfect.add_mm < 0.01
+    assert perfect.add_auc > 0.9999
+    assert perfect.joint_error_mean_rad < 1e-6
+
+
+def test_errors_have_closed_forms(arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, ks.Camera]) -> None:
+    folder, q, camera = recorded
+    sequence = PoseSequence.read(folder, arm.tree)
+    aside = camera.T_cam_world.clone()
+    aside[0, 3] += 0.03
+    turned = q.clone()
+    turned[:, 0] += 2.0 * torch.pi
+    turned[:, 1] += 0.1
+    off = pose_errors(arm.tree, sequence, q, aside)
+    assert off.add_mm == pytest.approx(30.0, rel=1e-3)
+    assert off.add_auc == pytest.approx(0.7, rel=1e-3)
+    errors = pose_errors(arm.tree, sequence, turned, camera.T_cam_world).joint_error_rad
+    assert list(errors.values())[:3] == pytest.approx([0.0, 0.1, 0.0], abs=1e-5)
+    assert add_auc(torch.tensor([0.0, 0.05, 0.2])) == pytest.approx(0.5)
+
+
+def test_alignment_against_scipy() -> None:
+    a = torch.randn(6, 3).double()
+    R = torch.from_numpy(Rotation.random(random_state=0).as_matrix())
+    b = a @ R.T + torch.tensor([0.3, -1.0, 2.0]) + 0.01 * torch.randn(6, 3)
+    expected, _ = Rotation.align_vectors((b - b.mean(0)).numpy(), (a - a.mean(0)).numpy())
+    T = rigid_alignment(a, b)
+    assert torch.allclose(T[:3, :3], torch.from_numpy(expected.as_matrix()), atol=1e-8)
+    assert torch.allclose(T[:3, :3] @ a.mean(0) + T[:3, 3], b.mean(0))
+
+
+def test_names() -> None:
+    joints = ("joint1", "joint2", "finger_joint2")
+    assert match_names(["panda_joint1", "franka/panda_finger_joint2", "velocity"], joints) == {0: 0, 1: 2}
+    assert match_names(["panda_link0", "panda_hand"], ("link0", "hand")) == {0: 0, 1: 1}
+
+
+@pytest.mark.parametrize("frames", [2, 4])
+def test_command(
+    frames: int, arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, ks.Camera], tmp_path: Path
+) -> None:
+    folder, _, _ = recorded
+    arm.save(tmp_path / "arm.safetensors")
+    words = ["kinesplat", "evaluate-pose", str(tmp_path / "arm.safetensors"), str(folder), "--masks"]
+    words += ["--camera", "known", "--start", "annotation", "-o", str(tmp_path / "out")]
+    words += ["--frames", str(frames)]
+    with patch("sys.argv", words):
+        cli.main()
+    data = json.loads((tmp_path / "out" / "errors.json").read_text())
+    assert data["videos"][0]["frames"] == frames
+    assert data["videos"][0]["lost_frames"] == 0
+    assert data["all"]["add_mm"] < 10.0
+    assert data["all"]["add_auc"] > 0.9
+    assert "ADD" in (tmp_path / "out" / "errors.md").read_text()
+    assert list((tmp_path / "out").glob("video_*.png"))
+
+
+def test_broken_folders(arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, ks.Camera], tmp_path: Path) -> None:
+    folder, _, _ = recorded
+    with pytest.raises(InputError, match="No such file"):
+        PoseSequence.read(tmp_path / "nothing", arm.tree)
+    (folder / "000001.rgb.png").unlink()
+    with pytest.raises(InputError, match=r"no picture 000001\.rgb\.jpg"):
+        PoseSequence.read(folder, arm.tree)
+    (folder / "000001.json").write_text("{")
+    with pytest.raises(InputError, match=r"000001\.json: no NDDS annotation"):
+        PoseSequence.read(folder, arm.tree)
+    frame = json.loads((folder / "000000.json").read_text())
+    frame["sim_state"]["joints"] = [{"name": "other", "position": 0.0}]
+    for i in range(4):
+        (folder / f"{i:06}.json").write_text(json.dumps(frame))
+    with pytest.raises(InputError, match="no joint of the robot is annotated"):
+        PoseSequence.read(folder, arm.tree)
+    (folder / "_camera_settings.json").write_text("{}")
+    with pytest.raises(InputError, match="no NDDS camera settings"):
+        PoseSequence.read(folder, arm.tree)

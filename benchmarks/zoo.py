@@ -65,7 +65,13 @@ class Card:
             f"{1e-6 * size:.1f}",
             f"{self.psnr_db:.2f}",
         ]
-        cells += [f"{self.lowest_db:.2f}", f"{self.iou:.4f}", f"{self.random_db:.2f}", paper, made["licence"].split(" / ")[0]]
+        cells += [
+            f"{self.lowest_db:.2f}",
+            f"{self.iou:.4f}",
+            f"{self.random_db:.2f}",
+            paper,
+            made["licence"].split(" / ")[0],
+        ]
         return f"| {' | '.join(cells)} |"
 
     def command(self) -> str:
@@ -73,7 +79,7 @@ class Card:
         made = zoo.card(self.name)
         data = (
             f"kinesplat dataset {DESCRIPTIONS.get(self.name, self.name)} -o sets/{self.name} "
-            f"--span {self.span[0]} {self.span[1]} --near {self.span[2]}"
+            f"--test-views 4 --span {self.span[0]} {self.span[1]} --near {self.span[2]}"
         )
         steps = (
             f"--steps {made['budget']['steps']}"

@@ -1,6 +1,7 @@
 """From pictures to joint values: reconstruct."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,31 @@ from kinesplat.errors import InputError
 from kinesplat.files import read_image, read_mask
 from kinesplat.inverse import reconstruct as reconstruct_q
 from kinesplat.inverse.initializer import Initializer
+from kinesplat.inverse.priors import Priors
 from kinesplat.report import write_fit_pictures
+from kinesplat.self_model import SelfModel
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Weights of the terms of the loss."""
+
+    colour_weight: float = 1.0
+    """Of the colours against the mask; 0.1 for photographs whose light is not a headlight."""
+    self_collision: float = 0.0
+    """Keep links from passing through each other; 1e-4 is a firm hint."""
+    soft_limits: float = 0.0
+    """Keep joints off their limits, which hold in any case; 1e-5 is a hint."""
+
+    def priors(self, model: SelfModel) -> Priors | None:
+        """The terms beside the pixels, where there are any."""
+        if self.self_collision == self.soft_limits == 0.0:
+            return None
+        return Priors.of(model, self.self_collision, self.soft_limits)
+
+
+TermOptions = Annotated[Terms, tyro.conf.OmitArgPrefixes]
+NO_TERMS = Terms()
 
 
 def reconstruct(
@@ -38,7 +63,7 @@ def reconstruct(
     q_init: tuple[float, ...] | None = None,
     optimize_camera: bool = False,
     starts: int | None = None,
-    colour_weight: float = 1.0,
+    terms: TermOptions = NO_TERMS,
     initializer: Path | None = None,
     output: Output = Path("reconstruct"),
     *,
@@ -57,7 +82,7 @@ def reconstruct(
         q_init: joint values to start from, right within about 0.3 rad; default: search all configurations.
         optimize_camera: also move the camera, starting from the given one.
         starts: number of starts that are optimised; default 16, or 48 without q_init.
-        colour_weight: weight of the colours against the mask; 0.1 for photographs whose light is not a headlight.
+        terms: weights of the terms of the loss.
         initializer: learned start made by `kinesplat initializer train`; default: the packaged one, if any.
         output: folder for the results; created if needed.
     """
@@ -70,20 +95,21 @@ def reconstruct(
     pictures = torch.stack(same_size([read_image(p) for p in images], images))
     masks = torch.stack(same_size([read_mask(p) for p in mask], mask)) if mask else None
     make_folder(output)
-    fit = reconstruct_q(
-        loaded.to(device),
-        pictures,
-        None if camera is None else Camera.from_json(camera),
-        K=None if intrinsics is None else matrix_of(*intrinsics),
-        masks=masks,
-        optimize_camera=optimize_camera or camera is None,
-        starts=starts,
-        colour_weight=colour_weight,
-        initializer=None if initializer is None else Initializer.load(initializer),
-        q_init=None if q_init is None else torch.tensor(q_init),
-        seed=common.seed,
-        progress=err.is_terminal,
-    )
+    with err.status("looking for joints"):
+        fit = reconstruct_q(
+            loaded.to(device),
+            pictures,
+            None if camera is None else Camera.from_json(camera),
+            K=None if intrinsics is None else matrix_of(*intrinsics),
+            masks=masks,
+            optimize_camera=optimize_camera or camera is None,
+            starts=starts,
+            colour_weight=terms.colour_weight,
+            priors=terms.priors(loaded),
+            initializer=None if initializer is None else Initializer.load(initializer),
+            q_init=None if q_init is None else torch.tensor(q_init),
+            seed=common.seed,
+        )
     for view, path in enumerate(images):
         write_fit_pictures(loaded, pictures[view], fit, output, f"{view}_{path.stem}", view)
     write_json(output / "fit.json", fit.to_json())

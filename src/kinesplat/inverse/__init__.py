@@ -2,9 +2,21 @@
 
 from kinesplat.inverse.calibrate import calibrate
 from kinesplat.inverse.calibration_result import CalibrationResult
+from kinesplat.inverse.initializer import Initializer
+from kinesplat.inverse.priors import Priors
 from kinesplat.inverse.reconstruct import reconstruct
 from kinesplat.inverse.result import FitResult, Hypothesis
 from kinesplat.inverse.track import track
 from kinesplat.inverse.track_result import TrackResult
 
-__all__ = ["CalibrationResult", "FitResult", "Hypothesis", "TrackResult", "calibrate", "reconstruct", "track"]
+__all__ = [
+    "CalibrationResult",
+    "FitResult",
+    "Hypothesis",
+    "Initializer",
+    "Priors",
+    "TrackResult",
+    "calibrate",
+    "reconstruct",
+    "track",
+]

@@ -1,7 +1,7 @@
 """Coarse to fine: a population of starts, sharpened by least squares at growing image sizes until a few are left."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,7 +87,6 @@ def refine(
     levels: Sequence[Level],
     objectives: Sequence[PhotometricObjective],
     state: Configurations,
-    announce: Callable[[str], None],
 ) -> Refinement:
     """Sharpen starts through all levels, fewer and fewer of them.
 
@@ -95,7 +94,6 @@ def refine(
         levels: coarse to fine.
         objectives: one per level.
         state: the starts of the first level.
-        announce: told in words what begins.
     """
     starts, solutions, parents = len(state.q), [], []
     for level, objective in zip(levels, objectives, strict=True):
@@ -107,7 +105,6 @@ def refine(
                 state, of = with_aliases(objective, state, max(4, count))
                 kept = kept[of]
             parents.append(kept)
-        announce(f"{level.px} px, {len(state.q)} starts")
         solutions.append(levenberg_marquardt(objective.linearize, state, iterations=level.iterations))
     return Refinement(solutions, parents)
 

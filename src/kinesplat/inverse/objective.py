@@ -11,6 +11,7 @@ from torch import Tensor
 from kinesplat.camera import Camera
 from kinesplat.inverse.levenberg_marquardt import Linearization
 from kinesplat.inverse.observation import Observation
+from kinesplat.inverse.priors import Priors
 from kinesplat.inverse.robust import geman_mcclure
 from kinesplat.kinematics import KinematicTree
 from kinesplat.rasterizer import normal_equations
@@ -84,6 +85,7 @@ class PhotometricObjective:
             mask lacks; None: least squares. `linearize` alone knows it.
         device: where pixels are rendered and compared; configurations, and all but images of what comes back, stay on
             theirs.
+        priors: soft terms that `linearize` adds.
     """
 
     model: SelfModel
@@ -92,6 +94,7 @@ class PhotometricObjective:
     alpha_weight: float = 1.0
     robust: float | None = None
     device: torch.device = CPU
+    priors: Priors | None = None
 
     @cached_property
     def _there(self) -> tuple[SelfModel, Observation]:
@@ -131,6 +134,11 @@ class PhotometricObjective:
         return self.difference(at).flatten(1) / math.sqrt(self.observation.rgb[..., 0].numel())
 
     def linearize(self, at: Configurations) -> Linearization:
+        """Loss, gradient and Gauss-Newton Hessian of the pixels and the priors."""
+        pixels = self._linearized_pixels(at)
+        return pixels if self.priors is None else self.priors.added_to(pixels, at.tree, at.q)
+
+    def _linearized_pixels(self, at: Configurations) -> Linearization:
         """Loss, gradient and Gauss-Newton Hessian, without a dense Jacobian: exact.
 
         Splats of a model with a skinning field ride on several links at once; those take `linearize_by_differences`.

@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from rich.progress import Progress
 from torch import Tensor
 
 from kinesplat.camera import Camera
@@ -26,6 +25,7 @@ from kinesplat.inverse.initializer import Initializer
 from kinesplat.inverse.levenberg_marquardt import Solution
 from kinesplat.inverse.objective import Configurations, PhotometricObjective
 from kinesplat.inverse.observation import ImageLike, Observation, image_shape
+from kinesplat.inverse.priors import Priors
 from kinesplat.inverse.result import FitResult, Hypothesis, covariance_of
 from kinesplat.inverse.search import CHUNK, ROUNDS, best_distinct, joined, joint_scale, one_turn, search
 from kinesplat.inverse.verdict import evidence_of, settled, verdict
@@ -81,8 +81,8 @@ def reconstruct(
     starts: int | None = None,
     colour_weight: float = 1.0,
     initializer: Initializer | Literal[False] | None = None,
+    priors: Priors | None = None,
     seed: int = 0,
-    progress: bool = False,
 ) -> FitResult:
     """Recover the configuration (and, on request, the cameras) that explains the images (paper, eq. 8).
 
@@ -110,8 +110,8 @@ def reconstruct(
         colour_weight: weight of the colours against the mask; 0.1 for photographs whose light is not a headlight.
         initializer: a learned start, which is tried before the search where there is no `q_init`; default: the one that
             comes with the package for this robot, if there is one. False: none.
+        priors: soft terms beside the pixels: links that must not pass through each other, joints off their limits.
         seed: of the random starts.
-        progress: show a progress bar on the terminal.
 
     Raises:
         InputError: images, masks, camera or q of the wrong type, shape or range; a camera inside the robot.
@@ -132,22 +132,18 @@ def reconstruct(
 
     @functools.cache
     def objective(px: int, splats: int) -> PhotometricObjective:
-        return PhotometricObjective(model.subsample(splats), observation.resized(px), colour_weight, device=device)
+        seen = observation.resized(px)
+        return PhotometricObjective(model.subsample(splats), seen, colour_weight, device=device, priors=priors)
 
     found: list[Refinement] = []
-    with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("looking for starts", total=None)
-        for number, attempt in enumerate(attempts):
-            levels = levels_for(attempt.levels, max(observation.rgb.shape[1:3]))
-            objectives = [objective(level.px, level.splats) for level in levels]
-            state = problem.starts(attempt, number, objectives[0])
-            found.append(
-                refine(levels, objectives, state, lambda words: bar.update(task, description=words, advance=1))
-            )
-            fit = _result(objectives[-1], observation.camera, found, time.perf_counter() - began)
-            fit = replace(fit, evidence={**fit.evidence, "start": origin(attempts, found, q_init is None)})
-            if settled(fit.evidence):
-                break
+    for number, attempt in enumerate(attempts):
+        levels = levels_for(attempt.levels, max(observation.rgb.shape[1:3]))
+        objectives = [objective(level.px, level.splats) for level in levels]
+        found.append(refine(levels, objectives, problem.starts(attempt, number, objectives[0])))
+        fit = _result(objectives[-1], observation.camera, found, time.perf_counter() - began)
+        fit = replace(fit, evidence={**fit.evidence, "start": origin(attempts, found, q_init is None)})
+        if settled(fit.evidence):
+            break
     if not optimize_camera:
         model.check_camera(fit.q, fit.camera)
     return fit

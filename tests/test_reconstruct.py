@@ -151,7 +151,9 @@ def test_verdicts_follow_from_the_evidence() -> None:
         ({"gap": 1.0, "agreement": 1.0}, "ambiguous", True),
         ({"unexplained": 0.05}, "ambiguous", False),
         ({"unexplained": 0.05, "confirmed": True}, "converged", True),
+        ({"unexplained": 0.05, "gap": 1.0, "agreement": 1.0}, "ambiguous", False),
         ({"unexplained": 0.3}, "failed", False),
+        ({"unexplained": 0.3, "gap": 1.0, "agreement": 1.0, "confirmed": True}, "failed", False),
     ]
     for change, says, done in cases:
         assert (verdict(clean | change), settled(clean | change)) == (says, done), change

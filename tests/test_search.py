@@ -24,6 +24,7 @@ def test_alias_moves_are_half_turns_and_mirrored_triples(kinearm: SelfModel) -> 
     moves = AliasMoves.of(tree)
     hinges = sum(kind == "hinge" for kind in tree.joint_types)
     assert len(moves.sign) == hinges + 2 * (hinges - 2)
+    assert len(AliasMoves.of(tree, 8).sign) == 7 * hinges + 2 * (hinges - 2)
     q = (tree.q_canonical + 0.1).float()[None]
     changed = (moves.apply_all(q) - q).abs() > 1e-6
     assert (changed.sum(dim=1) <= 3).all()

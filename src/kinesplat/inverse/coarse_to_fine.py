@@ -44,8 +44,8 @@ GLOBAL_LEVELS = (
     Level(32, 1_000, 12, 1.0),
     Level(64, 3_000, 12, 0.35),
     Level(64, 3_000, 12, 0.5, aliases=True),
-    Level(128, 3_000, 10, 0.21, aliases=True),
-    Level(256, 1_000_000, 10, 0.065),
+    Level(128, 3_000, 10, 0.25, aliases=True),
+    Level(256, 1_000_000, 10, 0.1),
 )
 
 

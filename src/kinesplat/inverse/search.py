@@ -24,6 +24,7 @@ CHILDREN = 2_048
 ROUNDS = ((0.8, 1.5), (0.6, 1.5), (0.5, 1.2), (0.4, 0.9), (0.3, 0.75), (0.25, 0.6), (0.2, 0.45), (0.15, 0.3))
 MOVED_SHARE = 0.4
 ALIAS_SHARE = 0.2
+ALIAS_STEPS = 8
 HELD_SHARE = 0.5
 TURN_SHARE = 0.3
 SHARPENING = 3
@@ -36,7 +37,7 @@ class AliasMoves:
 
     Attributes:
         sign: ``(moves, dof)`` of +1 and -1.
-        offset: ``(moves, dof)`` of 0 and pi [rad].
+        offset: ``(moves, dof)`` in [0, 2 pi) [rad].
         lower: ``(dof,)`` the range into which full turns are taken out [rad]/[m].
         upper: ``(dof,)``.
     """
@@ -47,15 +48,20 @@ class AliasMoves:
     upper: Float[Tensor, " dof"]
 
     @classmethod
-    def of(cls, tree: KinematicTree) -> "AliasMoves":
-        """Half turns of every hinge, and of every three successive hinges (q1 + pi, -q2, q3 + pi or q3)."""
+    def of(cls, tree: KinematicTree, steps: int = 2) -> "AliasMoves":
+        """Half turns of every hinge, and of every three successive hinges (q1 + pi, -q2, q3 + pi or q3).
+
+        Args:
+            tree: the robot's kinematics.
+            steps: into how many a turn of a single hinge is divided; flanges look alike at many angles.
+        """
         hinges = [i for i, kind in enumerate(tree.joint_types) if kind == "hinge"]
-        rows = [({i}, set[int]()) for i in hinges]
+        rows = [({i}, set[int](), 2.0 * math.pi * step / steps) for i in hinges for step in range(1, steps)]
         for a, b, c in zip(hinges, hinges[1:], hinges[2:], strict=False):
-            rows += [({a, c}, {b}), ({a}, {b})]
+            rows += [({a, c}, {b}, math.pi), ({a}, {b}, math.pi)]
         sign, offset = torch.ones(len(rows), tree.dof), torch.zeros(len(rows), tree.dof)
-        for row, (turned, mirrored) in enumerate(rows):
-            offset[row, list(turned)] = math.pi
+        for row, (turned, mirrored, angle) in enumerate(rows):
+            offset[row, list(turned)] = angle
             sign[row, list(mirrored)] = -1.0
         return cls(sign, offset, *one_turn(tree))
 
@@ -130,7 +136,7 @@ def with_aliases(
 
     A free camera stays, or turns along so that the last link stays where it was in the picture.
     """
-    moves, itself = AliasMoves.of(state.tree), torch.arange(len(state.q))
+    moves, itself = AliasMoves.of(state.tree, ALIAS_STEPS), torch.arange(len(state.q))
     q = state.tree.clamp(moves.apply_all(state.q))
     if not len(q):
         return state, itself

@@ -52,6 +52,8 @@ def verdict(evidence: Mapping[str, Any]) -> str:
 
 
 def settled(evidence: Mapping[str, Any]) -> bool:
-    """Whether another attempt is idle: the fit converged, was confirmed, or all starts ended in equal pictures."""
+    """Whether another attempt is idle: the fit converged, was confirmed, or all starts ended in equal, good pictures."""
     equal = evidence["gap"] is not None and evidence["gap"] < EQUAL_RATIO and evidence["agreement"] == 1.0
-    return verdict(evidence) == "converged" or evidence["confirmed"] or equal
+    idle = evidence["confirmed"] or (equal and evidence["unexplained"] <= UNEXPLAINED_DOUBT)
+    says = verdict(evidence)
+    return says == "converged" or (says == "ambiguous" and idle)

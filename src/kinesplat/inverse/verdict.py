@@ -52,7 +52,7 @@ def verdict(evidence: Mapping[str, Any]) -> str:
 
 
 def settled(evidence: Mapping[str, Any]) -> bool:
-    """Whether another attempt is idle: the fit converged, was confirmed, or all starts ended in equal, good pictures."""
+    """Whether another attempt is idle: it converged, was confirmed, or all starts ended in equal, good pictures."""
     equal = evidence["gap"] is not None and evidence["gap"] < EQUAL_RATIO and evidence["agreement"] == 1.0
     idle = evidence["confirmed"] or (equal and evidence["unexplained"] <= UNEXPLAINED_DOUBT)
     says = verdict(evidence)

@@ -9,7 +9,16 @@ import torch
 from kinesplat.camera import Camera
 from kinesplat.inverse import reconstruct
 from kinesplat.inverse.objective import Configurations
-from kinesplat.inverse.search import AliasMoves, best_distinct, blurred, children, follow, joint_scale, one_turn
+from kinesplat.inverse.search import (
+    AliasMoves,
+    best_distinct,
+    blurred,
+    children,
+    follow,
+    joint_influence,
+    joint_scale,
+    one_turn,
+)
 from kinesplat.kinematics import KinematicTree
 from kinesplat.self_model import SelfModel
 from kinesplat.twists import exp_twist
@@ -80,6 +89,17 @@ def test_best_distinct_keeps_the_best_of_every_cluster(kinearm: SelfModel) -> No
     for cluster in kept // 40:
         members = slice(int(cluster) * 40, int(cluster) * 40 + 40)
         assert losses[members].min() == losses[kept[kept // 40 == cluster]].item()
+
+
+def test_joints_count_by_what_they_move(kinearm: SelfModel) -> None:
+    influence, tree = joint_influence(kinearm), kinearm.tree
+    assert influence.max() == 1.0
+    assert influence[0] > 2 * influence[5]
+    q = tree.q_canonical.float().repeat(2, 1)
+    q[1, 5] += 0.15
+    losses = torch.tensor([1.0, 2.0])
+    assert len(best_distinct(states(tree, q), losses, 2, 0.1)) == 2
+    assert len(best_distinct(states(tree, q), losses, 2, 0.1, influence)) == 1
 
 
 def test_directions_of_free_cameras_are_told_apart(kinearm: SelfModel) -> None:

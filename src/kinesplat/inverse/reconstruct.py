@@ -27,7 +27,16 @@ from kinesplat.inverse.objective import Configurations, PhotometricObjective
 from kinesplat.inverse.observation import ImageLike, Observation, image_shape
 from kinesplat.inverse.priors import Priors
 from kinesplat.inverse.result import FitResult, Hypothesis, covariance_of
-from kinesplat.inverse.search import CHUNK, ROUNDS, best_distinct, joined, joint_scale, one_turn, search
+from kinesplat.inverse.search import (
+    CHUNK,
+    ROUNDS,
+    best_distinct,
+    joined,
+    joint_influence,
+    joint_scale,
+    one_turn,
+    search,
+)
 from kinesplat.inverse.verdict import evidence_of, settled, verdict
 from kinesplat.self_model import SelfModel
 from kinesplat.twists import exp_twist
@@ -193,7 +202,8 @@ class Problem:
             return state
         if self.initializer is not None and self.q_init is None:
             proposed = self.initializer.propose(self.observation, state)
-            kept = best_distinct(proposed, torch.arange(float(len(proposed.q))), attempt.starts, PROPOSED_APART)
+            rank, influence = torch.arange(float(len(proposed.q))), joint_influence(objective.model)
+            kept = best_distinct(proposed, rank, attempt.starts, PROPOSED_APART, influence)
             if attempt.learned:
                 return proposed.select(kept)
             state = joined(proposed.select(kept), state)

@@ -17,6 +17,7 @@ from kinesplat.inverse.alignment import MaskBoxes
 from kinesplat.inverse.levenberg_marquardt import levenberg_marquardt
 from kinesplat.inverse.objective import Configurations, PhotometricObjective
 from kinesplat.kinematics import KinematicTree
+from kinesplat.self_model import SelfModel
 from kinesplat.twists import exp_twist
 
 POPULATION = 128
@@ -25,6 +26,7 @@ ROUNDS = ((0.8, 1.5), (0.6, 1.5), (0.5, 1.2), (0.4, 0.9), (0.3, 0.75), (0.25, 0.
 MOVED_SHARE = 0.4
 ALIAS_SHARE = 0.2
 ALIAS_STEPS = 8
+LEAST_INFLUENCE = 0.05
 HELD_SHARE = 0.5
 TURN_SHARE = 0.3
 SHARPENING = 3
@@ -89,6 +91,20 @@ def joint_scale(tree: KinematicTree) -> Float[Tensor, " dof"]:
     return (0.5 * (tree.q_upper - tree.q_lower)).clamp(max=1.0).float()
 
 
+def joint_influence(model: SelfModel) -> Float[Tensor, " dof"]:
+    """How much a joint moves in the picture against the one that moves most: root of the ratio of mean surface speeds.
+
+    A flange that turns on the spot must not fill a population with answers that look alike.
+    """
+    tree = model.tree
+    q = tree.q_canonical.float()
+    twists = tree.link_jacobian(q)[model.link_index].to(model.parameters.means)
+    points = model.posed(q).means[..., None].expand(-1, -1, tree.dof)
+    speeds = twists[:, :3] + torch.linalg.cross(twists[:, 3:], points, dim=1)
+    speed = speeds.square().sum(dim=1).mean(dim=0).sqrt() * joint_scale(tree).to(speeds)
+    return (speed / speed.max().clamp(min=1e-9)).sqrt().clamp(min=LEAST_INFLUENCE)
+
+
 def search(
     objective: PhotometricObjective,
     population: Configurations,
@@ -120,7 +136,7 @@ def search(
 def _kept(objective: PhotometricObjective, all_: Configurations, blur_px: float, apart: float) -> Configurations:
     """The best distinct ones of a generation, after a few steps of least squares."""
     losses = blurred_losses(objective, all_, blur_px)
-    best = all_.select(best_distinct(all_, losses, POPULATION, apart))
+    best = all_.select(best_distinct(all_, losses, POPULATION, apart, joint_influence(objective.model)))
     return levenberg_marquardt(objective.linearize, best, iterations=SHARPENING).state
 
 
@@ -189,17 +205,22 @@ def children(
 
 
 def best_distinct(
-    state: Configurations, losses: Float[Tensor, " n"], count: int, apart: float
+    state: Configurations,
+    losses: Float[Tensor, " n"],
+    count: int,
+    apart: float,
+    influence: Float[Tensor, " dof"] | float = 1.0,
 ) -> Integer[Tensor, " kept"]:
     """Indices of the `count` lowest losses, best first, each `apart` from all better ones in some joint or direction.
 
-    `apart` is in units of `joint_scale`, and in rad for the directions of free cameras. Full turns are no difference.
+    `apart` is in units of `joint_scale`, and in rad for the directions of free cameras. Full turns are no difference,
+    and joints count by their `influence`.
     """
     order = losses.argsort()[: 4 * count]
     hinge = torch.tensor([kind == "hinge" for kind in state.tree.joint_types])
     q = state.q[order]
     places = torch.cat([torch.where(hinge, q.cos(), q), torch.where(hinge, q.sin(), 0.0)], dim=1)
-    places = places / joint_scale(state.tree).repeat(2)
+    places = places * (influence / joint_scale(state.tree)).repeat(2)
     if state.camera_free:
         places = torch.cat([places, state.T_cam_world[order, :, :3, :3].flatten(1)], dim=1)
     far = torch.cdist(places, places, p=math.inf) > apart

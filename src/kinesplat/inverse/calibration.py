@@ -222,7 +222,7 @@ class CalibrationObjective:
         out = self.model.render(at.q, self.camera(at), self.observation.background, outputs=("rgb", "alpha"))
         assert out.rgb is not None
         assert out.alpha is not None
-        return over(out.rgb, out.alpha, self.observation), out.alpha
+        return over(out.rgb, out.alpha, self.observation, self.observation.backdrop), out.alpha
 
     def losses(self, rgb: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss of every image ``(batch, images)`` and the weights of colours and alpha, per pixel."""

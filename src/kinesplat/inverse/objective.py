@@ -10,15 +10,19 @@ from torch import Tensor
 
 from kinesplat.camera import Camera
 from kinesplat.inverse.levenberg_marquardt import Linearization
+from kinesplat.inverse.lighting import Light
 from kinesplat.inverse.observation import Observation
 from kinesplat.inverse.priors import Priors
 from kinesplat.inverse.robust import geman_mcclure
 from kinesplat.kinematics import KinematicTree
-from kinesplat.rasterizer import normal_equations
+from kinesplat.rasterizer import Render, normal_equations, rasterize_links
 from kinesplat.self_model import SelfModel
 from kinesplat.twists import adjoint, exp_twist
 
 CPU = torch.device("cpu")
+
+
+COVERED = 0.95
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class PhotometricObjective:
         alpha_weight: weight of the squared difference between alpha and mask; unused without masks.
         robust: residual beyond which a pixel counts less (`geman_mcclure`), for things that hide the robot or that the
             mask lacks; None: least squares. `linearize` alone knows it.
+        light: the light of a photograph, in place of the headlight that the model's colours are made under.
         device: where pixels are rendered and compared; configurations, and all but images of what comes back, stay on
             theirs.
         priors: soft terms that `linearize` adds.
@@ -93,12 +98,19 @@ class PhotometricObjective:
     colour_weight: float = 1.0
     alpha_weight: float = 1.0
     robust: float | None = None
+    light: Light | None = None
     device: torch.device = CPU
     priors: Priors | None = None
 
     @cached_property
     def _there(self) -> tuple[SelfModel, Observation]:
         return self.model.to(self.device), self.observation.to(self.device)
+
+    @property
+    def _backdrop(self) -> Tensor | None:
+        """What is behind the robot; with a light and masks the picture itself: colours then have no say about shape."""
+        seen = self._there[1]
+        return seen.backdrop if self.light is None or seen.mask is None else seen.rgb
 
     @property
     def residual_count(self) -> int:
@@ -120,14 +132,24 @@ class PhotometricObjective:
         (model, seen), at = self._there, at.to(self.device)
         camera = Camera(seen.camera.K, at.T_cam_world, seen.camera.width, seen.camera.height)
         outputs = ("rgb",) if seen.mask is None and seen.backdrop is None else ("rgb", "alpha")
-        out = model.render(at.q[:, None], camera, seen.background, outputs=outputs)
+        out = self._render(model, at.q[:, None], camera, outputs)
         assert out.rgb is not None
-        rgb = over(out.rgb, out.alpha, seen)
-        rgb = (rgb - seen.rgb) * math.sqrt(self.colour_weight)
+        rgb = over(out.rgb, out.alpha, seen, self._backdrop) - seen.rgb
+        rgb = rgb * math.sqrt(self.colour_weight)
+        if self.light is not None and seen.mask is not None:
+            rgb = rgb * (seen.mask > COVERED)[..., None]
         if out.alpha is None or seen.mask is None:
             return rgb
         alpha = (out.alpha - seen.mask)[..., None] * math.sqrt(self.alpha_weight)
         return torch.cat([rgb, alpha], dim=-1)
+
+    def _render(self, model: SelfModel, q: Tensor, camera: Camera, outputs: tuple[str, ...]) -> Render:
+        if self.light is None:
+            return model.render(q, camera, self._there[1].background, outputs=outputs)
+        Ts = model.tree.forward_kinematics(q)
+        splats = self.light.shine_on(model.parameters.activate(), model.link_index, Ts)
+        background = self._there[1].background
+        return rasterize_links(splats, model.link_index, Ts, camera, background, eps2d=model.eps2d, outputs=outputs)
 
     def residuals(self, at: Configurations) -> Float[Tensor, "batch m"]:
         """``(batch, residual_count)`` weighted differences; their sum of squares is the loss."""
@@ -147,20 +169,23 @@ class PhotometricObjective:
             return self.linearize_by_differences(at)
         (model, seen), given, at = self._there, at, at.to(self.device)
         splats, tree = model.parameters.activate(), at.tree
+        Ts_world_link = tree.forward_kinematics(at.q)[:, None]
+        if self.light is not None:  # colours that turn with the surface count as constant in the Jacobian
+            splats = self.light.shine_on(splats, model.link_index, Ts_world_link)
         camera = Camera(seen.camera.K, at.T_cam_world, seen.camera.width, seen.camera.height)
         loss, rgb_weight, alpha_weight = self._weights(at)
         batch = rgb_weight.shape[:-2]  # a batch of its own where the loss is robust
         equations = normal_equations(
             splats,
             model.link_index,
-            tree.forward_kinematics(at.q)[:, None],
+            Ts_world_link,
             camera,
             seen.rgb.expand(*batch, -1, -1, -1),
             alpha=seen.mask,
             rgb_weight=rgb_weight,
             alpha_weight=alpha_weight,
             background=seen.background,
-            backdrop=seen.backdrop,
+            backdrop=self._backdrop,
             eps2d=self.model.eps2d,
         ).contract(self._twists_per_variable(at))
         pixels = seen.rgb[..., 0].numel()
@@ -175,14 +200,18 @@ class PhotometricObjective:
         seen, weights = self._there[1], (self.colour_weight, self.alpha_weight)
         if self.robust is None:
             mask = None if seen.mask is None else torch.full_like(seen.mask, weights[1])
-            return None, torch.full_like(seen.rgb[..., 0], weights[0]), mask
-        difference = self.difference(at)
-        squares = [difference[..., :3].square().sum(dim=-1) / weights[0], difference[..., 3:].square().sum(dim=-1)]
+            colour = torch.full_like(seen.rgb[..., 0], weights[0])
+            if self.light is not None and seen.mask is not None:
+                colour = colour * (seen.mask > COVERED)
+            return None, colour, mask
+        difference = replace(self, colour_weight=1.0, alpha_weight=1.0).difference(at)
+        squares = [difference[..., :3].square().sum(dim=-1), difference[..., 3:].square().sum(dim=-1)]
         colour, share = geman_mcclure(squares[0], self.robust * math.sqrt(3.0))
         loss = weights[0] * colour.mean(dim=(1, 2, 3))
         if seen.mask is None:
             return loss, weights[0] * share, None
-        shape, covered = geman_mcclure(squares[1] / weights[1], self.robust)
+        share = share * (seen.mask > COVERED) if self.light is not None else share
+        shape, covered = geman_mcclure(squares[1], self.robust)
         return loss + weights[1] * shape.mean(dim=(1, 2, 3)), weights[0] * share, weights[1] * covered
 
     def _twists_per_variable(self, at: Configurations) -> Float[Tensor, "batch views links6 p"]:
@@ -212,11 +241,11 @@ class PhotometricObjective:
         return Linearization(*(value.to(at.q.device) for value in (loss, gradient, hessian)))
 
 
-def over(rgb: Tensor, alpha: Tensor | None, seen: Observation) -> Tensor:
+def over(rgb: Tensor, alpha: Tensor | None, seen: Observation, backdrop: Tensor | None) -> Tensor:
     """Colours rendered over the plain background, over the backdrop instead, where there is one."""
-    if seen.backdrop is None or alpha is None:
+    if backdrop is None or alpha is None:
         return rgb
-    return rgb + (1.0 - alpha[..., None]) * (seen.backdrop - seen.background)
+    return rgb + (1.0 - alpha[..., None]) * (backdrop - seen.background)
 
 
 def _unclamped_steps(at: Configurations, steps: Float[Tensor, "s p"]) -> Configurations:

@@ -25,6 +25,7 @@ from kinesplat.inverse.initializer import Initializer
 from kinesplat.inverse.levenberg_marquardt import Solution
 from kinesplat.inverse.objective import Configurations, PhotometricObjective
 from kinesplat.inverse.observation import ImageLike, Observation, image_shape
+from kinesplat.inverse.photograph import light_of, seen_again
 from kinesplat.inverse.priors import Priors
 from kinesplat.inverse.result import FitResult, Hypothesis, covariance_of
 from kinesplat.inverse.search import (
@@ -75,6 +76,7 @@ NEAR_ATTEMPTS = (
 GLOBAL_ATTEMPTS = (Attempt(4_096, ROUNDS, GLOBAL_STARTS, GLOBAL_LEVELS),) * 3
 LEARNED_ATTEMPT = Attempt(4_096, (), GLOBAL_STARTS, GLOBAL_LEVELS, learned=True)
 PROPOSED_APART = 0.1
+DIM_WEIGHT = 0.1
 
 
 @torch.no_grad()
@@ -101,6 +103,9 @@ def reconstruct(
     to 256 px along the longer image side. Where the verdict is not "converged", further attempts follow that search
     harder, until two agree or three (with an initializer four) are made. Joint limits are respected. Pictures are
     rendered on the model's device; the result is on the CPU.
+
+    A photograph, whose colours another light made, gets a second look in that light, up to 512 px
+    (`kinesplat.inverse.photograph`); it is known by its mask and by colours that an estimated light explains better.
 
     Args:
         model: self-model of the robot.
@@ -153,6 +158,27 @@ def reconstruct(
         fit = replace(fit, evidence={**fit.evidence, "start": origin(attempts, found, q_init is None)})
         if settled(fit.evidence):
             break
+        if fit.verdict == "failed" and not number and observation.mask is not None and colour_weight > DIM_WEIGHT:
+            # a photograph? its colours, taken at face value, lead astray
+            free, dim = optimize_camera, DIM_WEIGHT
+            again = reconstruct(
+                model,
+                observation,
+                camera,
+                K=K,
+                q_init=q_init,
+                optimize_camera=free,
+                colour_weight=dim,
+                starts=starts,
+                initializer=initializer,
+                priors=priors,
+                seed=seed,
+            )
+            if "light" in again.evidence:
+                return replace(again, seconds=time.perf_counter() - began)
+    light = light_of(model, observation, fit)
+    if light is not None:
+        fit = replace(seen_again(model, observation, fit, light, seed), seconds=time.perf_counter() - began)
     if not optimize_camera:
         model.check_camera(fit.q, fit.camera)
     return fit

@@ -62,7 +62,7 @@ def trained_by_hand(model: SelfModel, turns: bool = True, appearance: bool = Fal
     skinning = SkinningField.around(parameters.means, len(model.tree.link_names), turns_harmonics=turns, **SMALL)
     fields = {"skinning": skinning, "appearance": None}
     if appearance:
-        fields["appearance"] = AppearanceField.around(parameters.means, model.tree, 9, **SMALL)
+        fields["appearance"] = AppearanceField.around(parameters.means, model.tree, parameters.sh.shape[-2], **SMALL)
     for network in filter(None, fields.values()):
         torch.nn.init.normal_(network.network.last.weight, std=0.3 if network is skinning else 0.02)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_gradients_reach_joints_splats_and_networks(kinearm: SelfModel) -> None:
 
 def test_an_untrained_appearance_changes_nothing(kinearm: SelfModel) -> None:
     model = trained_by_hand(kinearm.subsample(300), False)
-    appearance = AppearanceField.around(model.parameters.means, model.tree, 9, **SMALL)
+    appearance = AppearanceField.around(model.parameters.means, model.tree, model.parameters.sh.shape[-2], **SMALL)
     q = model.tree.q_canonical.float() + 0.3
     with torch.no_grad():
         assert_same(replace(model, appearance=appearance).posed(q), model.posed(q), 1e-5)

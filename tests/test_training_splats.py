@@ -35,7 +35,7 @@ def same(a: Parameters, b: Parameters) -> bool:
 
 
 def test_kept_rows_go_on_as_if_nothing_had_happened() -> None:
-    """Drop and append rows half way: those that stay move exactly as in a run of their own."""
+    """Drop and append rows half way: those that stay move as in a run of their own."""
     start, target = random_parameters(12), random_parameters(12)
     keep = torch.arange(12) % 3 != 0
     whole, alone = (SplatOptimizer(p, Rates(), 2.0) for p in (start, start.select(keep)))
@@ -49,7 +49,8 @@ def test_kept_rows_go_on_as_if_nothing_had_happened() -> None:
     for _ in range(5):
         pull(whole, joined)
         pull(alone, target.select(keep))
-    assert same(rows(whole.detached(), slice(0, 8)), alone.detached())
+    for name, value in rows(whole.detached(), slice(0, 8)).tensors().items():  # vectors and tails round differently
+        torch.testing.assert_close(value, alone.detached().tensors()[name], rtol=1e-5, atol=1e-6)
     assert not same(rows(whole.detached(), slice(8, 12)), extra)
 
 

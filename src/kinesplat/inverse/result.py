@@ -80,8 +80,9 @@ class FitResult:
         for name in self.weak_variables:
             lines.append(f"  {name} is hardly observable from this view")
         for rank, other in enumerate(self.hypotheses[1:4], start=2):
-            away = (other.q - self.q).abs().max().item()
-            lines.append(f"  hypothesis {rank}: loss {other.loss:.3g}, largest joint difference {away:.3f}")
+            away = (other.q - self.q).abs()
+            joint = self.variable_names[int(away.argmax())]
+            lines.append(f"  hypothesis {rank}: loss {other.loss:.3g}, most different in {joint}: {away.max():.3f}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

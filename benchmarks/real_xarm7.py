@@ -1,7 +1,8 @@
 """Fit photographs of a real xArm7: `python benchmarks/real_xarm7.py FOLDER` (needs MENAGERIE_ROOT).
 
 FOLDER holds annotations.json (K [px], T_cam_base, joint angles [rad] per frame), image_*.png and mask_*.png. No
-fit is given a start; the labels only score it. Pictures go to ./real_xarm7.
+fit is given a start; the labels only score it. Then the camera from known joints: all frames together, and each alone.
+Pictures go to ./real_xarm7.
 """
 
 import json
@@ -13,6 +14,7 @@ import torch
 
 import kinesplat as ks
 from kinesplat.files import read_image, read_mask
+from kinesplat.inverse.camera_search import angles_between
 from kinesplat.report import write_fit_pictures
 
 ROBOT = "ufactory_xarm7/xarm7_nohand.xml"
@@ -33,7 +35,7 @@ def main(folder: Path) -> None:
     for frame in labels["frames"]:
         image, mask = read_image(folder / frame["image"]), read_mask(folder / frame["image"].replace("image", "mask"))
         truth = torch.tensor(frame["q"])
-        fit = ks.reconstruct(model, image, camera, masks=mask, colour_weight=0.1)
+        fit = ks.reconstruct(model, image, camera, masks=mask)
         turned = torch.remainder(fit.q - truth + math.pi, 2.0 * math.pi) - math.pi  # full turns look alike
         degrees = turned.abs() * 180.0 / math.pi
         start = ((tree.q_canonical - truth).abs() * 180.0 / math.pi)[:6].mean()
@@ -47,6 +49,32 @@ def main(folder: Path) -> None:
         ]
         print("| " + " | ".join([*row, fit.verdict, f"{fit.seconds:.1f}"]) + " |", flush=True)
         write_fit_pictures(model, image, fit, out, Path(frame["image"]).stem)
+    print("\n| frames | camera off [mm] | base off [mm] | camera off [deg] | mean IoU | jackknife [mm] | verdict | s |")
+    print("|---" * 8 + "|")
+    frames = labels["frames"]
+    for some in (frames, *([frame] for frame in frames)):
+        print(calibrated(model, folder, some, camera), flush=True)
+
+
+def calibrated(model: ks.SelfModel, folder: Path, frames: list[dict], truth: ks.Camera) -> str:
+    """A row: the camera from these frames and their joint angles, without a guess."""
+    images = [read_image(folder / frame["image"]) for frame in frames]
+    masks = [read_mask(folder / frame["image"].replace("image", "mask")) for frame in frames]
+    found = ks.calibrate(model, images, [frame["q"] for frame in frames], truth.K, masks)
+    T_base = model.tree.forward_kinematics(model.tree.q_canonical)[0].float()
+    expected = truth.T_cam_world @ T_base
+    centres = [torch.linalg.inv(T)[:3, 3] for T in (found.T_cam_base, expected)]
+    row = [
+        frames[0]["image"] if len(frames) == 1 else f"all {len(frames)}",
+        f"{1000 * (centres[0] - centres[1]).norm():.1f}",
+        f"{1000 * (found.T_cam_base - expected)[:3, 3].norm():.1f}",
+        f"{math.degrees(angles_between(found.T_cam_base, expected).item()):.2f}",
+        f"{sum(image.iou for image in found.images) / len(frames):.3f}",
+        f"{found.spread_mm[0]:.1f}",
+        found.verdict,
+        f"{found.seconds:.1f}",
+    ]
+    return "| " + " | ".join(row) + " |"
 
 
 def overlap(alpha: torch.Tensor | None, mask: torch.Tensor) -> float:

@@ -72,7 +72,9 @@ def calibrate(
         InputError: wrong types, shapes, ranges or names; images that cannot be told from their background; a camera
             that ends up inside the robot.
     """
-    began = time.perf_counter()
+    began, model = time.perf_counter(), model.to("cpu")
+    if model.skinning is not None:
+        raise InputError("calibrate needs a model whose splats ride on one link each; this one has a skinning field")
     rig, K = checked_rig(model.tree, q, K, camera_of_image, mount, free)
     rig = replace(rig, pivot=middle_of(model, rig))
     full, seen = observed(images, masks, K, rig, backdrop)

@@ -20,7 +20,7 @@ from kinesplat.inverse.objective import Configurations, PhotometricObjective
 from kinesplat.inverse.observation import ImageLike, image_shape
 from kinesplat.inverse.reconstruct import reconstruct
 from kinesplat.inverse.result import FitResult, Hypothesis, covariance_of
-from kinesplat.inverse.search import joint_scale
+from kinesplat.inverse.search import AliasMoves, joint_scale
 from kinesplat.inverse.track_result import TrackedFrame, TrackResult
 from kinesplat.self_model import SelfModel
 
@@ -128,7 +128,7 @@ def start_tracker(
         raise InputError("a moving camera needs masks or a plain background; this video has neither")
     if q_init is not None:
         model.tree.coordinates(q_init)  # raises on a wrong size or NaN
-    return Tracker(model, clip, given, q_init, optimize_camera, camera is not None, colour_weight, seed)
+    return Tracker(model.to("cpu"), clip, given, q_init, optimize_camera, camera is not None, colour_weight, seed)
 
 
 def collected(tracker: "Tracker", found: Sequence[TrackedFrame], seconds: float, first: float) -> TrackResult:
@@ -221,22 +221,26 @@ class Tracker:
         if self.failed(index, fit):
             fit = self.reconstructed(index, self.q_init, None)
         state = "lost" if self.failed(index, fit) else "searched"
-        if fit.verdict == "converged":
-            return self.solve(index, [started(fit.hypotheses[0], state)], fit.q, state)
         rivals = [h for h in fit.hypotheses[:FIRST_CANDIDATES] if h.loss < LOST_RATIO * fit.loss]
-        found = []
-        for rival in rivals:
-            found.append(self.solve(index, [started(rival, state)], rival.q, state))
-        if len(found) == 1 or index + 1 >= len(self.clip.rgb):
-            return found[0]
-        totals = []
-        for start in found:
-            frames = [start]
-            for later in range(index + 1, min(index + 1 + TRIAL_FRAMES, len(self.clip.rgb))):
-                predicted = predict(self.model, frames)
-                frames.append(self.solve(later, [replace(frames[-1], q=predicted), frames[-1]], predicted, "tracked"))
-            totals.append(sum(frame.loss for frame in frames))
-        return found[totals.index(min(totals))]
+        if fit.verdict == "converged":
+            rivals = rivals[:1]
+        found = [self.solve(index, [started(rival, state)], rival.q, state) for rival in rivals]
+        best = found[0] if len(found) == 1 else min(found, key=lambda frame: self.trial(index, frame))
+        if self.q_init is not None:
+            return best
+        turned = self.model.tree.clamp(AliasMoves.of(self.model.tree).apply_all(best.q[None]))
+        if not len(turned):
+            return best
+        alias = self.solve(index, [replace(best, q=q) for q in turned], best.q, state)
+        return min(best, alias, key=lambda frame: frame.loss)
+
+    def trial(self, index: int, start: TrackedFrame) -> float:
+        """Sum of the losses of a frame and of those that follow from it."""
+        frames = [start]
+        for later in range(index + 1, min(index + 1 + TRIAL_FRAMES, len(self.clip.rgb))):
+            predicted = predict(self.model, frames)
+            frames.append(self.solve(later, [replace(frames[-1], q=predicted), frames[-1]], predicted, "tracked"))
+        return sum(frame.loss for frame in frames)
 
     def failed(self, index: int, fit: FitResult) -> bool:
         """Whether a frame's own answer is none: a backdrop with the robot in it leaves much unexplained beside it."""

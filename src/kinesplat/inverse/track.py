@@ -25,7 +25,7 @@ from kinesplat.inverse.track_result import TrackedFrame, TrackResult
 from kinesplat.self_model import SelfModel
 
 LONG_SIDE = 256
-LEVELS = (Level(64, 1_000, 6), Level(128, 3_000, 5, 0.5), Level(256, 10_000, 4, 0.35))
+LEVELS = (Level(64, 1_000, 5), Level(128, 3_000, 3, 0.5), Level(256, 10_000, 3, 0.35))
 VELOCITY_SHARE = 0.9
 ACCELERATION_RAD = 0.05
 CORRELATED_PX = 30.0
@@ -295,9 +295,11 @@ class Tracker:
 
     @cached_property
     def _levels(self) -> list[Level]:
-        """The levels that the size of the frames allows; the last one is at full size."""
+        """The levels that the size of the frames allows; the last one, at full size, gets the others' iterations."""
         long_side = max(self.clip.rgb.shape[1:3])
-        return [*(level for level in LEVELS[:-1] if level.px < long_side), LEVELS[-1]]
+        coarse = [level for level in LEVELS[:-1] if level.px < long_side]
+        spared = sum(level.iterations for level in LEVELS[:-1]) - sum(level.iterations for level in coarse)
+        return [*coarse, replace(LEVELS[-1], iterations=LEVELS[-1].iterations + spared)]
 
     @cached_property
     def _models(self) -> dict[int, SelfModel]:

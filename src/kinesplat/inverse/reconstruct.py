@@ -77,6 +77,7 @@ GLOBAL_ATTEMPTS = (Attempt(4_096, ROUNDS, GLOBAL_STARTS, GLOBAL_LEVELS),) * 3
 LEARNED_ATTEMPT = Attempt(4_096, (), GLOBAL_STARTS, GLOBAL_LEVELS, learned=True)
 PROPOSED_APART = 0.1
 DIM_WEIGHT = 0.1
+EXPLAINED = 0.01  # less is left over than any photograph leaves: no need for a second look
 
 
 @torch.no_grad()
@@ -176,7 +177,7 @@ def reconstruct(
             )
             if "light" in again.evidence:
                 return replace(again, seconds=time.perf_counter() - began)
-    light = light_of(model, observation, fit)
+    light = None if fit.evidence["unexplained"] < EXPLAINED else light_of(model, observation, fit)
     if light is not None:
         fit = replace(seen_again(model, observation, fit, light, seed), seconds=time.perf_counter() - began)
     if not optimize_camera:

@@ -81,7 +81,7 @@ def reconstruct(
         mask: one mask per picture, white on the robot; without masks the background must be of one colour.
         q_init: joint values to start from, right within about 0.3 rad; default: search all configurations.
         optimize_camera: also move the camera, starting from the given one.
-        starts: number of starts that are optimised; default 16, or 48 without q_init.
+        starts: number of starts that are optimised; default 32, or 48 without q_init.
         terms: weights of the terms of the loss.
         initializer: learned start made by `kinesplat initializer train`; default: the packaged one, if any.
         output: folder for the results; created if needed.

@@ -42,7 +42,7 @@ from kinesplat.inverse.verdict import evidence_of, settled, verdict
 from kinesplat.self_model import SelfModel
 from kinesplat.twists import exp_twist
 
-NEAR_STARTS, GLOBAL_STARTS = 16, 48
+NEAR_STARTS, GLOBAL_STARTS = 32, 48
 START_SPREAD_RAD = 0.45
 CAMERA_SPREAD_RAD = 0.1
 DISTINCT_RAD = 0.1
@@ -119,7 +119,7 @@ def reconstruct(
             of one colour.
         q_init: ``(dof,)`` start, or ``(m, dof)`` several, which get no neighbours [rad]/[m]; default: no idea.
         optimize_camera: also move every camera, six numbers a view.
-        starts: number of starts that are optimised, in a single attempt; default 16, or 48 without `q_init`, in up to
+        starts: number of starts that are optimised, in a single attempt; default 32, or 48 without `q_init`, in up to
             three attempts. With 1, `q_init` gets no
             neighbours.
         colour_weight: weight of the colours against the mask; 0.1 for photographs whose light is not a headlight.

@@ -25,7 +25,7 @@ LEVELS = [
         "devices",
     ],
     ["description", "rasterizer"],
-    ["appearance", "surface", "skinning", "model_file"],
+    ["appearance", "surface", "skinning", "model_file", "vision"],
     ["self_model", "dataset"],
     ["inverse", "training"],
     ["evaluation"],

@@ -29,7 +29,7 @@ class DatasetError(KinesplatError):
 
 
 class BackendError(KinesplatError):
-    """A rasteriser backend, device or optional package that is not there."""
+    """A rasteriser backend, device, optional package or set of weights that is not there."""
 
 
 def unknown(kind: str, name: object, choices: Iterable[str]) -> str:

@@ -3,7 +3,8 @@ tensors that do not, as a GPU's would. Kernels are checked for what they are giv
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -114,15 +115,27 @@ def native() -> Iterator[None]:
         yield
 
 
-def _render(scene: Scene) -> Render:
+@dataclass
+class Work:
+    """How often splats were rendered, or compared with a picture, on the stand-in and on the CPU."""
+
+    gpu: int = 0
+    cpu: int = 0
+
+
+def _render(work: Work, scene: Scene) -> Render:
     assert isinstance(scene.gaussians.means, OnGpu)
+    work.gpu += 1
     with native():
         out = cpu.render(unmarked(scene))
     return Render(**{name: marked(getattr(out, name), True) for name in scene.outputs})
 
 
-def _normal(scene: Scene, targets: dict[str, Tensor | None], batch_dims: int) -> gauss_newton.NormalEquations:
+def _normal(
+    work: Work, scene: Scene, targets: dict[str, Tensor | None], batch_dims: int
+) -> gauss_newton.NormalEquations:
     assert all(t is None or isinstance(t, OnGpu) for t in targets.values())
+    work.gpu += 1
     with native():
         plain, given = unmarked(scene), unmarked(targets)
         more = {k: v for k, v in given.items() if k != "rgb"}
@@ -134,11 +147,19 @@ def _normal(scene: Scene, targets: dict[str, Tensor | None], batch_dims: int) ->
 
 
 @contextmanager
-def standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
     """Device "cuda" exists within; rendering and normal equations happen natively."""
-    monkeypatch.setattr(cuda, "render", _render)
-    monkeypatch.setattr(gauss_newton, "_on_gpu", _normal)
+    work, plan = Work(), cpu.make_plan
+
+    def plan_on_cpu(scene: Scene) -> Any:
+        if torch._C._is_torch_function_mode_enabled():  # not for the stand-in itself
+            work.cpu += 1
+        return plan(scene)
+
+    monkeypatch.setattr(cpu, "make_plan", plan_on_cpu)
+    monkeypatch.setattr(cuda, "render", partial(_render, work))
+    monkeypatch.setattr(gauss_newton, "_on_gpu", partial(_normal, work))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with StandInGpu():
-        yield
+        yield work

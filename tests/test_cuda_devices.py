@@ -1,11 +1,13 @@
 """What runs on a GPU keeps to it: a stand-in refuses to mix its tensors with the CPU's."""
 
+import contextlib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from standin_gpu import OnGpu, standing_in
+from standin_gpu import OnGpu, Work, standing_in
 
 import kinesplat as ks
 from kinesplat.camera import Camera
@@ -13,16 +15,22 @@ from kinesplat.commands import render
 from kinesplat.commands.common import Common, cpu_of
 from kinesplat.dataset.frames import Frames
 from kinesplat.devices import resolve_device
-from kinesplat.errors import BackendError
+from kinesplat.errors import BackendError, InputError
+from kinesplat.inverse import camera_search
+from kinesplat.inverse.lighting import Light
+from kinesplat.inverse.observation import Observation
+from kinesplat.inverse.photograph import seen_again
+from kinesplat.inverse.result import FitResult, Hypothesis
 from kinesplat.rasterizer import normal_equations
 from kinesplat.training.default import DefaultSettings, fit_splats
 from kinesplat.training.loop import Budget
+from kinesplat.twists import exp_twist
 
 
 @pytest.fixture(autouse=True)
-def _gpu(monkeypatch: pytest.MonkeyPatch, unchecked_types: None) -> Iterator[None]:
-    with standing_in(monkeypatch):
-        yield
+def work(monkeypatch: pytest.MonkeyPatch, unchecked_types: None) -> Iterator[Work]:
+    with standing_in(monkeypatch) as work:
+        yield work
 
 
 def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:
@@ -70,7 +78,7 @@ def test_render_and_normal_equations() -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_reconstruct(known: bool) -> None:
+def test_reconstruct(work: Work, known: bool) -> None:
     model = ks.zoo.load("kinearm").subsample(1000).to("cuda")
     q = model.tree.q_canonical.float().to("cuda")
     camera = Camera.framing(model.posed(q).means, width=48, height=48)
@@ -81,9 +89,70 @@ def test_reconstruct(known: bool) -> None:
     assert fit.verdict
     fit.report()
     fit.to_json()
+    assert work.gpu > 0 == work.cpu
 
 
-def test_default_recipe() -> None:
+def test_calibrate(work: Work) -> None:
+    """Two cameras, offsets and focal lengths free, from a guess; what comes back is on the CPU."""
+    model = ks.zoo.load("kinearm").subsample(600).to("cuda")
+    q = (model.tree.q_canonical + 0.3 * torch.randn(4, model.tree.dof)).float()
+    view = Camera.framing(model.posed(q[0].cuda()).means.cpu(), width=32, height=32)
+    turn = exp_twist(torch.tensor([0.0, 0.0, 0.0, 0.02, 0.03, -0.02]))
+    images = [model.render(joints.cuda(), view.to("cuda"), outputs=("rgb",)).rgb for joints in q]
+    fit = ks.calibrate(model, images, q, view.K, None, turn @ view.T_cam_world, camera_of_image=[0, 0, 1, 1],
+                       free=("offsets", "focal"))  # fmt: skip
+    assert fit.T_cam_mount.device.type == fit.covariance.device.type == "cpu"
+    fit.report()
+    fit.to_json()
+    assert work.gpu > 0 == work.cpu
+
+
+def test_camera_search_for_a_calibration(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(camera_search, "ROTATIONS", 64)
+    monkeypatch.setattr(camera_search, "RENDERED", 16)
+    monkeypatch.setattr(camera_search, "LEVELS", camera_search.LEVELS[:1])
+    model = ks.zoo.load("kinearm").subsample(600).to("cuda")
+    tree = model.tree
+    q = (tree.q_canonical + 0.3 * torch.randn(2, tree.dof)).float()
+    view = Camera.framing(model.posed(q[0].cuda()).means.cpu(), width=32, height=32)
+    out = [model.render(joints.cuda(), view.to("cuda"), outputs=("rgb", "alpha")) for joints in q]
+    with contextlib.suppress(InputError):  # so few rotations may end inside the robot
+        ks.calibrate(model, [o.rgb for o in out], q, view.K, [o.alpha for o in out], mount=tree.link_names[1])
+    assert work.gpu > 0 == work.cpu
+
+
+def test_track(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A video whose background is learnt, so that the robot is cut out of it on the way."""
+    model = ks.zoo.load("kinearm").subsample(600).to("cuda")
+    q = (model.tree.q_canonical + torch.linspace(0.0, 0.1, 5)[:, None]).float()
+    camera = Camera.framing(model.posed(q[0].cuda()).means.cpu(), width=32, height=32)
+    out = model.render(q.cuda(), camera.to("cuda"), outputs=("rgb", "alpha"))
+    assert out.rgb is not None
+    assert out.alpha is not None
+    scene = torch.rand(32, 32, 3)
+    frames = out.rgb.cpu() - (1.0 - out.alpha.cpu()[..., None]) * (1.0 - scene)
+    monkeypatch.setattr(import_module("kinesplat.inverse.track"), "BACKDROP_STEP", 2)
+    found = ks.track(model, frames, camera, q_init=q[0].cuda())
+    assert found.q.device.type == "cpu"
+    assert len(found.states) == 5
+    assert work.gpu > 0 == work.cpu
+
+
+def test_photographs_get_their_second_look(work: Work) -> None:
+    model = ks.zoo.load("kinearm").subsample(600)
+    q = model.tree.q_canonical.float()
+    camera = Camera.framing(model.posed(q).means, width=48, height=48)
+    seen = Observation.create(torch.rand(48, 48, 3), (torch.rand(48, 48) > 0.5).float(), camera)
+    fit = FitResult(q, camera, (0.1,), (0,), q[None], torch.eye(6), model.tree.joint_names,
+                    (Hypothesis(q, camera, 0.1),), "converged", 0.0,
+                    {"unexplained": 0.0, "confirmed": True})  # fmt: skip
+    light = Light(torch.rand(4, 3))
+    again = seen_again(model, seen, fit, light, 0, torch.device("cuda"))
+    assert again.q.device.type == "cpu"
+    assert work.gpu > 0 == work.cpu
+
+
+def test_default_recipe(work: Work) -> None:
     """Steps, density control and validation of a model on the GPU, with the pictures on the CPU."""
     model = ks.zoo.load("kinearm").subsample(300)
     tree = model.tree
@@ -95,9 +164,12 @@ def test_default_recipe() -> None:
     assert out.alpha is not None
     frames = Frames(q, camera, (255 * out.rgb.clamp(0, 1)).byte(), (255 * out.alpha).byte())
     settings = DefaultSettings(start=300, gaussians=320, rounds=1, pictures=3, validate_every=2)
+    assert work == Work(0, 1)
+    work.cpu = 0
     trained = fit_splats(model.to("cuda"), frames, frames, Budget(5, None), settings)
     assert trained.parameters.means.is_cuda
     assert torch.isfinite(trained.parameters.means).all()
+    assert work.gpu > 0 == work.cpu
 
 
 def test_commands(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from kinesplat.commands.common import (
     CommonOptions,
     Model,
     Output,
-    cpu_of,
+    device_of,
     err,
     load_model,
     make_folder,
@@ -74,7 +74,7 @@ def calibrate(
         free: what else to estimate: a constant offset of every joint reading, the focal length.
         backdrop: picture of the scene without the robot.
     """
-    cpu_of(common)
+    device = device_of(common)
     loaded = load_model(model)
     cameras = read_cameras(folder, loaded.tree, "T_cam_base" if mount is None else "T_cam_link")
     paths = tuple(path for camera in cameras for path in camera.images)
@@ -83,7 +83,7 @@ def calibrate(
     make_folder(output)
     guesses = [camera.T_init for camera in cameras if camera.T_init is not None]
     result = calibrate_cameras(
-        loaded,
+        loaded.to(device),
         pictures,
         torch.tensor([q for camera in cameras for q in camera.q]),
         torch.stack([camera.K for camera in cameras]),

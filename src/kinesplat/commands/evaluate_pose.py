@@ -72,7 +72,7 @@ def evaluate_pose(
         colour_weight: weight of the colours against the mask; 0.1 for photographs whose light is not a headlight.
         output: folder for the results; created if needed.
     """
-    device_of(common)
+    device = device_of(common)
     loaded = load_model(model)
     if not folders:
         raise InputError("no folder given: kinesplat evaluate-pose MODEL FOLDER...")
@@ -80,7 +80,7 @@ def evaluate_pose(
     make_folder(output)
     found = []
     for sequence in sequences:
-        found.append(evaluated(loaded, sequence, camera, start, masks, frames, colour_weight, common.seed))
+        found.append(evaluated(loaded.to(device), sequence, camera, start, masks, frames, colour_weight, common.seed))
         write_overlays(loaded, found[-1], output)
     table = markdown(found)
     data = summary(found)

@@ -69,12 +69,12 @@ def track(
         colour_weight: weight of the colours against the mask; 0.1 for photographs whose light is not a headlight.
         resume: go on where an interrupted run stopped.
     """
-    device_of(common)
+    device = device_of(common)
     check_output(output)
     loaded = load_model(model)
     began = time.perf_counter()
     tracker = start_tracker(
-        loaded,
+        loaded.to(device),
         read_frames(video),
         Camera.from_json(camera),
         masks=None if masks is None else read_masks(masks),

@@ -50,7 +50,8 @@ def calibrate(
     Without a first guess, thousands of camera rotations are tried for each camera; each gets the translation at which
     the robot fills the masks' boxes, and the best of them, rendered small, become starts. All images then sharpen the
     cameras together by Levenberg-Marquardt, in the end at 512 px with a robust loss: masks with holes and things that
-    the model lacks hardly matter. The more images, and the more different their configurations, the better.
+    the model lacks hardly matter. The more images, and the more different their configurations, the better. Pictures
+    are rendered on the model's device; the result is on the CPU.
 
     Args:
         model: self-model of the robot.
@@ -72,13 +73,13 @@ def calibrate(
         InputError: wrong types, shapes, ranges or names; images that cannot be told from their background; a camera
             that ends up inside the robot.
     """
-    began, model = time.perf_counter(), model.to("cpu")
+    began, device, model = time.perf_counter(), model.parameters.means.device, model.to("cpu")
     if model.skinning is not None:
         raise InputError("calibrate needs a model whose splats ride on one link each; this one has a skinning field")
     rig, K = checked_rig(model.tree, q, K, camera_of_image, mount, free)
     rig = replace(rig, pivot=middle_of(model, rig))
     full, seen = observed(images, masks, K, rig, backdrop)
-    objective = CalibrationObjective(model, seen, full)
+    objective = CalibrationObjective(model, seen, full, device=device)
     with Progress(disable=not progress, transient=True) as bar:
         if T_cam_base_init is None:
             generator = torch.Generator().manual_seed(seed)
@@ -112,7 +113,7 @@ def checked_rig(
     """
     if not len(q):
         raise InputError("q holds no configuration; calibration needs at least one image with known joints")
-    joints = torch.stack([torch.as_tensor(row, dtype=torch.float32) for row in q])
+    joints = torch.stack([torch.as_tensor(row, dtype=torch.float32) for row in q]).cpu()
     tree.coordinates(joints)  # raises on a wrong size or NaN
     which = [0] * len(joints) if camera_of_image is None else [int(c) for c in camera_of_image]
     if len(which) != len(joints) or sorted(set(which)) != list(range(max(which) + 1)):
@@ -124,7 +125,7 @@ def checked_rig(
             raise InputError(unknown("free variable", name, ("offsets", "focal")))
     link = None if mount is None else tree.link_names.index(mount)
     rig = Rig(tree, joints, torch.tensor(which), link, "offsets" in free, "focal" in free)
-    K = torch.as_tensor(K, dtype=torch.float32)
+    K = torch.as_tensor(K, dtype=torch.float32).cpu()
     if tuple(K.shape) not in ((3, 3), (rig.cameras, 3, 3)):
         raise InputError(f"K has shape {tuple(K.shape)}; expected (3, 3) or ({rig.cameras}, 3, 3)")
     return rig, K.expand(rig.cameras, 3, 3)
@@ -189,7 +190,7 @@ def checked_transforms(T_init: Float[Tensor, "*cams 4 4"], rig: Rig) -> Float[Te
     Raises:
         InputError: a wrong shape, or no rigid motions.
     """
-    T = torch.as_tensor(T_init, dtype=torch.float32)
+    T = torch.as_tensor(T_init, dtype=torch.float32).cpu()
     if tuple(T.shape) not in ((4, 4), (rig.cameras, 4, 4)):
         raise InputError(f"T_cam_base_init has shape {tuple(T.shape)}; expected (4, 4) or ({rig.cameras}, 4, 4)")
     T = Camera(torch.eye(3), T, 1, 1).T_cam_world.expand(rig.cameras, 4, 4)

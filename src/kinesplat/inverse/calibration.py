@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kinesplat.camera import Camera
 from kinesplat.inverse.levenberg_marquardt import Linearization
-from kinesplat.inverse.objective import over
+from kinesplat.inverse.objective import CPU, over
 from kinesplat.inverse.observation import Observation
 from kinesplat.inverse.robust import geman_mcclure
 from kinesplat.kinematics import KinematicTree
@@ -83,6 +83,11 @@ class Rig:
             return torch.eye(4).to(self.q).expand(len(self.q), 4, 4)
         return self.tree.forward_kinematics(self.q)[:, self.mount]
 
+    def to(self, device: torch.device) -> "Rig":
+        """The same on another device; the tree goes along with q."""
+        moved = {name: getattr(self, name).to(device) for name in ("q", "camera_of_image", "pivot")}
+        return replace(self, **moved)
+
     def select(self, rows: Tensor) -> "Rig":
         """Some of the images."""
         return replace(self, q=self.q[rows], camera_of_image=self.camera_of_image[rows])
@@ -136,6 +141,11 @@ class CameraGuesses:
             q_offset=torch.where(pick, other.q_offset, self.q_offset),
         )
 
+    def to(self, device: torch.device) -> "CameraGuesses":
+        """The same on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("rig", "T_cam_mount", "K", "q_offset")}
+        return replace(self, **moved)
+
     def select(self, index: Tensor) -> "CameraGuesses":
         """Some of the batch, by index or mask."""
         return replace(self, T_cam_mount=self.T_cam_mount[index], K=self.K[index], q_offset=self.q_offset[index])
@@ -182,6 +192,7 @@ class CalibrationObjective:
         full: any camera of the size that the user gave.
         colour_weight: weight of the squared RGB differences.
         robust: residual of alpha beyond which a pixel counts less (`geman_mcclure`); None: least squares.
+        device: where pixels are rendered and compared; guesses, and all but images of what comes back, stay on theirs.
     """
 
     model: SelfModel
@@ -189,6 +200,11 @@ class CalibrationObjective:
     full: Camera
     colour_weight: float = 0.1
     robust: float | None = None
+    device: torch.device = CPU
+
+    @cached_property
+    def _there(self) -> tuple[SelfModel, Observation]:
+        return self.model.to(self.device), self.observation.to(self.device)
 
     @property
     def pixels(self) -> int:
@@ -203,7 +219,7 @@ class CalibrationObjective:
     @property
     def empty_loss(self) -> float:
         """The loss of pictures without a robot: the yardstick for what a fit explains."""
-        seen = self.observation
+        seen = self._there[1]
         nothing = seen.behind().expand(seen.rgb.shape)
         return self.losses(nothing, torch.zeros_like(nothing[..., 0]))[0].mean().item()
 
@@ -219,14 +235,15 @@ class CalibrationObjective:
 
     def render(self, at: CameraGuesses) -> tuple[Tensor, Tensor]:
         """``(batch, images, height, width, 3)`` colours over the background, and alpha."""
-        out = self.model.render(at.q, self.camera(at), self.observation.background, outputs=("rgb", "alpha"))
+        (model, seen), at = self._there, at.to(self.device)
+        out = model.render(at.q, self.camera(at), seen.background, outputs=("rgb", "alpha"))
         assert out.rgb is not None
         assert out.alpha is not None
-        return over(out.rgb, out.alpha, self.observation, self.observation.backdrop), out.alpha
+        return over(out.rgb, out.alpha, seen, seen.backdrop), out.alpha
 
     def losses(self, rgb: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss of every image ``(batch, images)`` and the weights of colours and alpha, per pixel."""
-        seen = self.observation
+        seen = self._there[1]
         scale = None if self.robust is None else self.robust * 3.0**0.5
         colour, colour_weight = geman_mcclure((rgb - seen.rgb).square().sum(dim=-1), scale)
         loss, alpha_weight = self.colour_weight * colour.mean(dim=(-2, -1)), None
@@ -237,21 +254,20 @@ class CalibrationObjective:
 
     def loss(self, at: CameraGuesses) -> Float[Tensor, "batch images"]:
         """Loss of every image on its own; their mean is what is minimised."""
-        return self.losses(*self.render(at))[0]
+        return self.losses(*self.render(at))[0].to(at.T_cam_mount.device)
 
     def linearize(self, at: CameraGuesses) -> Linearization:
         """Loss, gradient and Gauss-Newton Hessian in the order of `Rig.variable_names`."""
+        given, at, seen = at.T_cam_mount, at.to(self.device), self._there[1]
         rgb, alpha = self.render(at)
         loss, *weights = self.losses(rgb, alpha)
         twists = self._twists(at)
-        seen = self.observation
         equations = self._equations(at, seen.rgb, seen.mask, weights).contract(twists)
         gradient, hessian = equations.gradient.sum(dim=1), equations.hessian.sum(dim=1)
         if at.rig.focal_free:
             gradient, hessian = self._with_focal(at, (rgb, alpha), weights, twists, gradient, hessian)
-        dtype = at.T_cam_mount.dtype
         return Linearization(
-            loss.mean(dim=1).to(dtype), (gradient / self.pixels).to(dtype), (hessian / self.pixels).to(dtype)
+            loss.mean(dim=1).to(given), (gradient / self.pixels).to(given), (hessian / self.pixels).to(given)
         )
 
     def _equations(
@@ -259,18 +275,18 @@ class CalibrationObjective:
     ) -> NormalEquations:
         """Normal equations of every image in its link twists; all inputs may have a batch."""
         batch = (len(at.T_cam_mount), len(at.rig.q))
-        colour_weight, alpha_weight = weights
+        (model, seen), (colour_weight, alpha_weight) = self._there, weights
         return normal_equations(
-            self.model.parameters.activate(),
-            self.model.link_index,
+            model.parameters.activate(),
+            model.link_index,
             at.rig.tree.forward_kinematics(at.q),
             self.camera(at),
             rgb.expand(*batch, *rgb.shape[-3:]),
             alpha=mask,
             rgb_weight=colour_weight,
             alpha_weight=alpha_weight,
-            background=self.observation.background,
-            backdrop=self.observation.backdrop,
+            background=seen.background,
+            backdrop=seen.backdrop,
             eps2d=self.model.eps2d,
         )
 
@@ -301,8 +317,8 @@ class CalibrationObjective:
         Focal lengths move no link, so their columns are central differences of whole images. Their products with the
         columns of the twists are the gradient ``J^T W r`` of a target that lies one column below the rendered image.
         """
-        seen, rig = self.observation, at.rig
-        factors = torch.tensor([1.0 + FOCAL_STEP, 1.0 - FOCAL_STEP])
+        seen, rig = self._there[1], at.rig
+        factors = torch.tensor([1.0 + FOCAL_STEP, 1.0 - FOCAL_STEP]).to(at.K)
         above, below = (self.render(replace(at, K=_scaled_focal(at.K, f.expand(1, rig.cameras)))) for f in factors)
         columns = [(a - b) / (2.0 * FOCAL_STEP) for a, b in zip(above, below, strict=True)]
         target = [image - column for image, column in zip(images, columns, strict=True)]
@@ -319,7 +335,7 @@ class CalibrationObjective:
         self, images: tuple[Tensor, Tensor], columns: list[Tensor], weights: list[Tensor | None]
     ) -> tuple[Tensor, Tensor]:
         """Weighted products of every image's column with its residual and with itself, ``(batch, images)``."""
-        seen = self.observation
+        seen = self._there[1]
         parts = [(columns[0], images[0] - seen.rgb, weights[0])]
         if seen.mask is not None:
             parts.append((columns[1][..., None], (images[1] - seen.mask)[..., None], weights[1]))

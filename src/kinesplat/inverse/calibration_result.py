@@ -260,7 +260,7 @@ def image_qualities(
 ) -> tuple[ImageQuality, ...]:
     rgb, alpha = finest.render(best)
     losses = finest.losses(rgb, alpha)[0][0].tolist()
-    ious = silhouette_iou(alpha[0], finest.observation.silhouette()).tolist()
+    ious = silhouette_iou(alpha[0].cpu(), finest.observation.silhouette()).tolist()
     moved = {int(i): shift for group, shift in zip(groups, shifts, strict=True) for i in group}
     which = best.rig.camera_of_image.tolist()
     qualities = []

@@ -43,7 +43,7 @@ class Light:
         normals = normals_of(splats)
         turned = (Ts_world_link[..., link_index, :3, :3].to(normals) @ normals[..., None])[..., 0]
         basis = torch.cat([torch.ones_like(turned[..., :1]), turned], dim=-1)
-        colours = albedo_of(splats) * (basis @ self.coefficients)
+        colours = albedo_of(splats) * (basis @ self.coefficients.to(basis))
         batch = colours.shape[:-2]
         fields = {name: getattr(splats, name) for name in ("means", "quats", "scales", "opacities")}
         return replace(

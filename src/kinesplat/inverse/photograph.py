@@ -15,7 +15,7 @@ from kinesplat.inverse.calibration import Level
 from kinesplat.inverse.coarse_to_fine import same_place, survivors
 from kinesplat.inverse.levenberg_marquardt import Solution, levenberg_marquardt
 from kinesplat.inverse.lighting import Light, fit_light
-from kinesplat.inverse.objective import Configurations, PhotometricObjective
+from kinesplat.inverse.objective import CPU, Configurations, PhotometricObjective
 from kinesplat.inverse.observation import Observation
 from kinesplat.inverse.result import FitResult, Hypothesis, covariance_of
 from kinesplat.inverse.search import AliasMoves, best_distinct, blurred_losses, joint_scale
@@ -52,9 +52,16 @@ def light_of(model: SelfModel, observation: Observation, fit: FitResult) -> Ligh
     return light if errors[1] > DIM_COLOUR and errors[0] < LIT_SHARE * errors[1] else None
 
 
-def seen_again(model: SelfModel, observation: Observation, fit: FitResult, light: Light, seed: int) -> FitResult:
+def seen_again(
+    model: SelfModel,
+    observation: Observation,
+    fit: FitResult,
+    light: Light,
+    seed: int,
+    device: torch.device = CPU,
+) -> FitResult:
     """The fit after a second look; its losses are those by which hypotheses are judged, robust and in this light."""
-    solution, losses = second_look(model, observation, fit, light, seed)
+    solution, losses = second_look(model, observation, fit, light, seed, device)
     order: list[int] = []
     for i in losses.argsort().tolist():
         if all(not same_place(solution.state, i, j, DISTINCT_RAD) for j in order):
@@ -79,7 +86,12 @@ def seen_again(model: SelfModel, observation: Observation, fit: FitResult, light
 
 
 def second_look(
-    model: SelfModel, observation: Observation, fit: FitResult, light: Light, seed: int
+    model: SelfModel,
+    observation: Observation,
+    fit: FitResult,
+    light: Light,
+    seed: int,
+    device: torch.device = CPU,
 ) -> tuple[Solution[Configurations], Float[Tensor, " kept"]]:
     """The best distinct answers in this light, and the losses by which they are judged.
 
@@ -89,9 +101,12 @@ def second_look(
         fit: the first answer.
         light: as found by `light_of`.
         seed: of the random variations.
+        device: where pixels are rendered and compared.
     """
     at = varied(model, fit, torch.Generator().manual_seed(seed))
-    coarse = PhotometricObjective(model.subsample(LOOK_SPLATS), observation.resized(LOOK_PX), JUDGE_WEIGHT, light=light)
+    coarse = PhotometricObjective(
+        model.subsample(LOOK_SPLATS), observation.resized(LOOK_PX), JUDGE_WEIGHT, light=light, device=device
+    )
     losses = blurred_losses(coarse, at, 1.0)
     at = at.select(best_distinct(at, losses, STARTS, APART))
     solution = None
@@ -99,11 +114,18 @@ def second_look(
         if solution is not None:
             at = solution.state.select(survivors(solution, kept))
         here = PhotometricObjective(
-            model.subsample(level.splats), observation.resized(level.px), LIT_WEIGHT, robust=level.robust, light=light
+            model.subsample(level.splats),
+            observation.resized(level.px),
+            LIT_WEIGHT,
+            robust=level.robust,
+            light=light,
+            device=device,
         )
         solution = levenberg_marquardt(here.linearize, at, iterations=level.iterations)
     assert solution is not None
-    judge = PhotometricObjective(model, observation.resized(JUDGE.px), JUDGE_WEIGHT, robust=JUDGE.robust, light=light)
+    judge = PhotometricObjective(
+        model, observation.resized(JUDGE.px), JUDGE_WEIGHT, robust=JUDGE.robust, light=light, device=device
+    )
     judged = levenberg_marquardt(judge.linearize, solution.state, iterations=JUDGE.iterations)
     return solution, judged.linearization.loss
 

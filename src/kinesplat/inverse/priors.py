@@ -55,6 +55,7 @@ class Priors:
         for name, weight in (("self_collision", self_collision), ("limits", limits)):
             if not 0.0 <= weight < float("inf"):
                 raise InputError(f"{name} is {weight}; expected 0 or more")
+        model = model.to("cpu")
         links, centres, radii = _balls(model)
         return cls(self_collision, limits, links, centres, radii, _pairs(model.tree, links, centres, radii))
 

@@ -163,7 +163,7 @@ def reconstruct(
             # a photograph? its colours, taken at face value, lead astray
             free, dim = optimize_camera, DIM_WEIGHT
             again = reconstruct(
-                model,
+                model.to(device),
                 observation,
                 camera,
                 K=K,
@@ -179,7 +179,7 @@ def reconstruct(
                 return replace(again, seconds=time.perf_counter() - began)
     light = None if fit.evidence["unexplained"] < EXPLAINED else light_of(model, observation, fit)
     if light is not None:
-        fit = replace(seen_again(model, observation, fit, light, seed), seconds=time.perf_counter() - began)
+        fit = replace(seen_again(model, observation, fit, light, seed, device), seconds=time.perf_counter() - began)
     if not optimize_camera:
         model.check_camera(fit.q, fit.camera)
     return fit

@@ -22,6 +22,7 @@ from kinesplat.inverse.reconstruct import reconstruct
 from kinesplat.inverse.result import FitResult, Hypothesis, covariance_of
 from kinesplat.inverse.search import AliasMoves, joint_scale
 from kinesplat.inverse.track_result import TrackedFrame, TrackResult
+from kinesplat.rasterizer import Render
 from kinesplat.self_model import SelfModel
 
 LONG_SIDE = 256
@@ -62,7 +63,8 @@ def track(
     constant-velocity prediction, and is sharpened up to 256 px along the longer side; a weak prior holds joints that
     the frame does not show near the prediction. A frame that is explained much worse than before is searched anew.
     Without masks, and unless the background is plain, what is behind the robot is the median of frames from all over
-    the video; now and then it is taken again, without what the robot is known by then to hide.
+    the video; now and then it is taken again, without what the robot is known by then to hide. Pictures are rendered on
+    the model's device; frames and the result are on the CPU.
 
     Args:
         model: self-model of the robot.
@@ -128,7 +130,8 @@ def start_tracker(
         raise InputError("a moving camera needs masks or a plain background; this video has neither")
     if q_init is not None:
         model.tree.coordinates(q_init)  # raises on a wrong size or NaN
-    return Tracker(model.to("cpu"), clip, given, q_init, optimize_camera, camera is not None, colour_weight, seed)
+        q_init = q_init.cpu()
+    return Tracker(model, clip, given, q_init, optimize_camera, camera is not None, colour_weight, seed)
 
 
 def collected(tracker: "Tracker", found: Sequence[TrackedFrame], seconds: float, first: float) -> TrackResult:
@@ -181,7 +184,7 @@ class Tracker:
         frames = [found[i] for i in rows[known].tolist()]
         camera = replace(self.clip.camera, T_cam_world=torch.stack([frame.T_cam_world for frame in frames]))
         q = torch.stack([frame.q for frame in frames])
-        alpha = self._models[LEVELS[-1].splats].render(q, camera, outputs=("alpha",)).alpha
+        alpha = self.rendered(LEVELS[-1].splats, q, camera, ("alpha",)).alpha
         assert alpha is not None
         covered = torch.zeros(pictures.shape[:3], dtype=torch.bool)
         halo = torch.nn.functional.max_pool2d(alpha[:, None], 2 * HALO_PX + 1, stride=1, padding=HALO_PX)
@@ -205,7 +208,7 @@ class Tracker:
         """Whether much of the rendered robot is off the mask or, without masks, of another colour than the frame."""
         observation = self.clip.observation(index).resized(MISFIT_PX)
         camera = replace(observation.camera, T_cam_world=frame.T_cam_world[None])
-        out = self._models[LEVELS[1].splats].render(frame.q, camera, outputs=("rgb", "alpha"))
+        out = self.rendered(LEVELS[1].splats, frame.q, camera, ("rgb", "alpha"))
         assert out.rgb is not None
         assert out.alpha is not None
         inside = out.alpha > 0.9
@@ -281,7 +284,7 @@ class Tracker:
         for level in self._levels:
             model = self._models[level.splats]
             objective = PhotometricObjective(
-                model, observation.resized(level.px), self.colour_weight, robust=level.robust
+                model, observation.resized(level.px), self.colour_weight, robust=level.robust, device=self._device
             )
             prior = Prior(predicted, ACCELERATION_RAD * joint_scale(tree), objective)
             solution = levenberg_marquardt(
@@ -293,6 +296,15 @@ class Tracker:
         std = covariance_of(hessian, loss, objective.residual_count).diagonal().sqrt()
         return TrackedFrame(at.q[0], at.T_cam_world[0, 0], std[: tree.dof], loss, state)
 
+    def rendered(self, splats: int, q: Tensor, camera: Camera, outputs: tuple[str, ...]) -> Render:
+        """Pictures of the model with so many splats, made on its device, on the CPU."""
+        out = self._models[splats].render(q.to(self._device), camera.to(self._device), outputs=outputs)
+        return Render(**{name: getattr(out, name).cpu() for name in outputs})
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.parameters.means.device
+
     @cached_property
     def _levels(self) -> list[Level]:
         """The levels that the size of the frames allows; the last one, at full size, gets the others' iterations."""
@@ -303,7 +315,8 @@ class Tracker:
 
     @cached_property
     def _models(self) -> dict[int, SelfModel]:
-        return {level.splats: self.model.subsample(level.splats) for level in LEVELS}
+        whole = self.model.to("cpu")
+        return {level.splats: whole.subsample(level.splats).to(self._device) for level in LEVELS}
 
 
 @dataclass(frozen=True)
@@ -349,9 +362,9 @@ def _checked_camera(camera: Camera | None, K: Tensor | None, first: ImageLike, f
     if camera is not None:
         if camera.batch_shape not in ((), (1,)):
             raise InputError(f"camera is a batch {camera.batch_shape}; a video has one camera")
-        camera = Camera(camera.K.reshape(3, 3), camera.T_cam_world.reshape(4, 4), camera.width, camera.height)
-        return camera if K is None else replace(camera, K=K)
+        T = camera.T_cam_world.reshape(4, 4)
+        return Camera((camera.K.reshape(3, 3) if K is None else K).cpu(), T.cpu(), camera.width, camera.height)
     if K is None or not free:
         raise InputError("camera is None; give the camera, or K with optimize_camera=True where nothing else is known")
     _, height, width = image_shape(first)
-    return Camera(torch.as_tensor(K).float(), torch.eye(4), width, height)
+    return Camera(torch.as_tensor(K).float().cpu(), torch.eye(4), width, height)

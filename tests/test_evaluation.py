@@ -223,7 +223,7 @@ def test_no_deform_is_the_model_without_its_appearance_field(data: Dataset, mode
     assert without_appearance(model) is None
     shaded = with_fields(model.subsample(500))
     rows = {row.name: row for row in evaluate({"paper": shaded}, data, limit=2).rows}
-    plain = rows["paper: no deform (no appearance field)"]
+    plain = rows["paper: no deform (field off)"]
     assert (
         plain.psnr_db
         == evaluate({"x": replace(shaded, appearance=None)}, data, limit=2, baselines=False).rows[0].psnr_db

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from kinesplat.self_model import SelfModel
 from kinesplat.training import default, recipes
 from kinesplat.training.default import DefaultSettings
 from kinesplat.training.recipes import TrainingOptions, work_folder
+from kinesplat.training.splat_optimizer import Rates
 
 SMALL = DefaultSettings(start=300, gaussians=350, rounds=1, pictures=2, validate_every=4)
 
@@ -67,12 +69,21 @@ def test_resume_goes_on_where_the_run_was(data: Path, tmp_path: Path) -> None:
     assert torch.equal(SelfModel.load(fresh).parameters.means, SelfModel.load(whole).parameters.means)
 
 
-def test_minutes_end_a_run(data: Path, tmp_path: Path) -> None:
+def test_minutes_end_a_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patient = replace(SMALL, patience=10**6)  # ten looks at validation pictures that improve no more end it sooner
+    monkeypatch.setattr(recipes, "DefaultSettings", lambda: patient)
     result = kinesplat("train", data, "-o", tmp_path / "m.safetensors", "--minutes", 0.02)
     assert result.returncode == 0
     made = SelfModel.load(tmp_path / "m.safetensors").provenance
     assert made["budget"] == {"steps": None, "minutes": 0.02}
-    assert 0.0 < made["training_seconds"] < 60.0  # no number of steps ends it
+    assert 1.2 <= made["training_seconds"] < 60.0
+
+
+def test_pictures_that_improve_no_more_end_a_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    still = replace(SMALL, rates=Rates(*(0.0,) * 5), rounds=0, patience=3)
+    monkeypatch.setattr(recipes, "DefaultSettings", lambda: still)
+    assert kinesplat("train", data, "-o", tmp_path / "m.safetensors", "--minutes", 5).returncode == 0
+    assert SelfModel.load(tmp_path / "m.safetensors").provenance["steps"] == 4 * (1 + 3)  # the first look is the best
 
 
 def test_a_robot_is_rendered_first(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from kinesplat.evaluation.figure import write_figure
 from kinesplat.evaluation.table import Renderable
 from kinesplat.evaluation.table import evaluate as evaluate_models
 from kinesplat.files import written_whole
+from kinesplat.training.loop import Budget
 
 
 def evaluate(
@@ -30,6 +31,7 @@ def evaluate(
     output: Output = Path("evaluation"),
     images: int | None = None,
     baselines: bool = True,
+    train_baselines: int | None = None,
     skip_corrupt: bool = False,
     *,
     common: CommonOptions = DEFAULTS,
@@ -45,6 +47,8 @@ def evaluate(
         images: measure on so many test images only.
         baselines: also measure what a model has to beat: images looked up among those of training, a random one, the
             model without its appearance field, and without motion.
+        train_baselines: also train what Table 1 compares with, "no deform" and K-planes, for so many steps each (a
+            quarter of a second a step), into OUTPUT/baselines; a run that was killed goes on there.
         skip_corrupt: leave out shards of the data set that cannot be read.
     """
     cpu_of(common)
@@ -55,8 +59,9 @@ def evaluate(
         name: load_model(model) for model, name in zip(models, _names(models), strict=True)
     }
     make_folder(output)
+    models_and_baselines = loaded | _trained_baselines(data, train_baselines, output, common.seed)
     evaluation = evaluate_models(
-        loaded,
+        models_and_baselines,
         data,
         limit=images,
         baselines=baselines,
@@ -70,6 +75,16 @@ def evaluate(
     out.print(evaluation.to_markdown(), markup=False)
     out.print(f"wrote evaluation.json, evaluation.md and figure.png into {output}")
     write_json(common.json, evaluation.to_json())
+
+
+def _trained_baselines(data: Dataset, steps: int | None, output: Path, seed: int) -> dict[str, Renderable]:
+    """No deform and K-planes, where they are asked for."""
+    if steps is None:
+        return {}
+    from kinesplat.evaluation.trained import train_baselines  # needs the description package, and so MuJoCo
+
+    budget, folder = Budget(steps=steps), output / "baselines"
+    return dict(train_baselines(data, budget, folder, seed=seed, progress=err.is_terminal))
 
 
 def _names(models: tuple[str, ...]) -> list[str]:

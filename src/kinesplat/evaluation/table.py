@@ -197,17 +197,15 @@ def evaluate(
 
 
 def _with_variants(models: Mapping[str, Renderable], baselines: bool) -> dict[str, Renderable]:
-    """The models, then what is left of the self-models among them with a part taken away."""
-    found: dict[str, Renderable] = dict(models)
-    for name, model in models.items() if baselines else ():
-        if isinstance(model, SelfModel):
-            plain = without_appearance(model)
-            if plain is not None:
-                found[f"{name}: no deform (no appearance field)"] = plain
-    for name, model in models.items() if baselines else ():
-        if isinstance(model, SelfModel):
-            found[f"{name}: never moves (canonical splats)"] = Unmoved(model)
-    return found
+    """The models, then the self-models without their appearance field, then the first of them without motion."""
+    self_models = {name: model for name, model in models.items() if isinstance(model, SelfModel)} if baselines else {}
+    plain = {f"{name}: no deform (field off)": without_appearance(model) for name, model in self_models.items()}
+    still = {f"{name}: never moves (canonical splats)": Unmoved(model) for name, model in self_models.items()}
+    return {
+        **models,
+        **{name: model for name, model in plain.items() if model is not None},
+        **dict([*still.items()][:1]),
+    }
 
 
 def _model_row(

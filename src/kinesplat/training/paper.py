@@ -12,7 +12,7 @@ What the paper leaves open and we chose: rates (those of our own recipe for the 
 make one step, layers in bfloat16 while training.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -114,22 +114,7 @@ def train_paper(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_checkpoint(path, state)
 
-    cloud, colours = mesh_cloud(robot, settings.gaussians, seed)
-    if "canonical" not in state:
-        points = cloud.posed(robot.tree, robot.tree.q_canonical)
-        start = round_splats(points, colours).to(device)
-        splats = fit_canonical(
-            start,
-            canonical,
-            steps=settings.canonical_steps,
-            eps2d=EPS2D,
-            thresholds=settings.thresholds,
-            seed=seed,
-            progress=progress,
-        )
-        keep(canonical=splats.tensors())
-    if "skinning" not in state:
-        keep(skinning=_skinning(robot, settings, device, seed, progress).state_dict())
+    first_stages(robot, canonical, settings, state, keep, device=device, seed=seed, progress=progress)
     model = _assembled(robot, state, settings, device, seed)
     with Log(folder, state.get("joint", {}).get("step", 0)) as log:
         trained, made = fit_jointly(
@@ -145,6 +130,48 @@ def train_paper(
             log=log.write,
         )
     return bound_to_heaviest(replace(trained, provenance={**model.provenance, **made}))
+
+
+def first_stages(
+    robot: Robot,
+    canonical: Frames,
+    settings: PaperSettings,
+    state: Mapping[str, Any],
+    keep: Callable[..., None],
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: bool = False,
+) -> None:
+    """Stages 1 and 2, or what is missing of them.
+
+    Args:
+        robot: whose meshes give the points.
+        canonical: pictures of the canonical configuration.
+        settings: the paper's.
+        state: with "canonical", tensors of the splats, and "skinning", of the field, as far as they are known.
+        keep: called with ``canonical=`` or ``skinning=`` once a stage is done.
+        device: where splats and network live.
+        seed: of all randomness.
+        progress: show bars.
+
+    Raises:
+        TrainingError: a loss became NaN; names the step.
+    """
+    if "canonical" not in state:
+        cloud, colours = mesh_cloud(robot, settings.gaussians, seed)
+        splats = fit_canonical(
+            round_splats(cloud.posed(robot.tree, robot.tree.q_canonical), colours).to(device),
+            canonical,
+            steps=settings.canonical_steps,
+            eps2d=EPS2D,
+            thresholds=settings.thresholds,
+            seed=seed,
+            progress=progress,
+        )
+        keep(canonical=splats.tensors())
+    if "skinning" not in state:
+        keep(skinning=_skinning(robot, settings, device, seed, progress).state_dict())
 
 
 def _skinning(robot: Robot, settings: PaperSettings, device: str, seed: int, progress: bool) -> SkinningField:

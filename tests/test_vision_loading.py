@@ -32,7 +32,7 @@ def test_an_absent_library_is_named_with_the_command_that_installs_it() -> None:
 
 
 def test_a_library_that_is_there_is_imported() -> None:
-    assert library("transformers") is transformers
+    assert library("transformers").CLIPModel is transformers.CLIPModel
 
 
 @pytest.mark.usefixtures("no_hub")
@@ -45,6 +45,26 @@ def test_absent_weights_are_named_with_the_command_that_fetches_them() -> None:
 
 def test_the_fetching_command_without_patterns_takes_everything() -> None:
     assert fetching("a/b") == "hf download a/b"
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_fetched_weights_are_read_from_the_cache_without_asking_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--owner--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    saved = save_tiny(repository / "snapshots" / ("0" * 40))
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr("socket.socket.connect", refused)
+    loaded = pretrained(transformers.AutoModel, "owner/tiny")
+    assert all((loaded.state_dict()[name] == value).all() for name, value in saved.state_dict().items())
+    (repository / "snapshots" / ("0" * 40) / "model.safetensors").unlink()
+    with pytest.raises(BackendError, match=r"a complete AutoModel of owner/tiny .* hf download owner/tiny"):
+        pretrained(transformers.AutoModel, "owner/tiny")
 
 
 def test_a_saved_model_comes_back(tmp_path: Path) -> None:

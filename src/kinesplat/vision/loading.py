@@ -41,21 +41,23 @@ def pretrained(kind: Any, source: str | Path, *, files: Sequence[str] = (), **op
 
     Raises:
         InputError: the folder does not exist, or does not hold a `kind` that can be read.
-        BackendError: the weights are not in the cache, or are incomplete; says how to fetch them.
+        BackendError: the weights are not in the cache, or are incomplete; says how to fetch them. Or a package that
+            this model needs is not installed.
     """
-    source, name = str(source), getattr(kind, "__name__", str(kind))
-    local = Path(source).expanduser()
-    if not local.is_dir() and _is_path(source):
-        raise InputError(f"{source}: no such folder; give one made by save_pretrained, or a name like openai/clip-...")
+    name, local = getattr(kind, "__name__", str(kind)), Path(source).expanduser()
+    if not local.is_dir():
+        if _is_path(str(source)):
+            raise InputError(f"{source}: no such folder; give one made by save_pretrained, or a name like owner/model")
+        local = _cached(str(source), files, options.pop("revision", None))
     try:
-        return kind.from_pretrained(str(local) if local.is_dir() else source, local_files_only=True, **options)
+        return kind.from_pretrained(str(local), local_files_only=True, **options)
+    except ImportError as error:  # it says itself which package its tokenizer, or the like, needs
+        raise BackendError(f"{source}: {' '.join(str(error).split())}") from error
     except _broken() as error:
         reason = " ".join(str(error).split())[:300]
-        if local.is_dir():
+        if Path(source).expanduser().is_dir():
             raise InputError(f"{source}: holds no {name} that can be read ({reason})") from error
-        if _is_cached(source):
-            raise absent(f"a complete {name} of {source} ({reason})", fetching(source, files)) from error
-        raise absent(f"the weights of {source}", fetching(source, files)) from error
+        raise absent(f"a complete {name} of {source} ({reason})", fetching(str(source), files)) from error
 
 
 def fetching(identifier: str, files: Sequence[str] = ()) -> str:
@@ -73,13 +75,17 @@ def _is_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
 
 
-def _is_cached(identifier: str) -> bool:
-    hub = library("huggingface_hub")
+def _cached(identifier: str, files: Sequence[str], revision: str | None) -> Path:
+    """The folder of the hub's cache with a model; from there no library asks the network anything.
+
+    Raises:
+        BackendError: it is not there; says how to fetch it.
+    """
     try:
-        hub.snapshot_download(identifier, local_files_only=True)
-    except (OSError, ValueError):
-        return False
-    return True
+        found = library("huggingface_hub").snapshot_download(identifier, revision=revision, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise absent(f"the weights of {identifier}", fetching(identifier, files)) from error
+    return Path(found)
 
 
 def _broken() -> tuple[type[Exception], ...]:

@@ -29,7 +29,10 @@ class OnGpu(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnGpu":
-        return self.detach().clone().as_subclass(OnGpu).requires_grad_(self.requires_grad)
+        copied = self.detach().clone().as_subclass(OnGpu).requires_grad_(self.requires_grad)
+        if isinstance(self, torch.nn.Parameter):
+            copied._is_param = True  # what makes an nn.Parameter of a tensor of another class
+        return copied
 
 
 class StandInGpu(TorchFunctionMode):
@@ -44,6 +47,8 @@ class StandInGpu(TorchFunctionMode):
             return {"device": CUDA if on_gpu else CPU, "is_cuda": on_gpu, "is_cpu": not on_gpu}[owner]
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
             return self._moved(func, args, kwargs)
+        if name == "_has_compatible_shallow_copy_type":
+            return False  # nn.Module.to then makes new parameters, which can be marked
         if name == "numpy" and isinstance(args[0], OnGpu):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -159,6 +164,8 @@ def standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
     monkeypatch.setattr(cpu, "make_plan", plan_on_cpu)
     monkeypatch.setattr(cuda, "render", partial(_render, work))
     monkeypatch.setattr(gauss_newton, "_on_gpu", partial(_normal, work))
+    autocast = torch.autocast  # asks a real GPU what it can
+    monkeypatch.setattr(torch, "autocast", lambda device, *args, **options: autocast("cpu", *args, **options))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with StandInGpu():

@@ -16,14 +16,20 @@ from kinesplat.commands.common import Common, cpu_of
 from kinesplat.dataset.frames import Frames
 from kinesplat.devices import resolve_device
 from kinesplat.errors import BackendError, InputError
+from kinesplat.evaluation import table
+from kinesplat.evaluation.kplanes import KPlanesModel, kplanes_settings
 from kinesplat.inverse import camera_search
 from kinesplat.inverse.lighting import Light
 from kinesplat.inverse.observation import Observation
 from kinesplat.inverse.photograph import seen_again
 from kinesplat.inverse.result import FitResult, Hypothesis
 from kinesplat.rasterizer import normal_equations
-from kinesplat.training.default import DefaultSettings, fit_splats
+from kinesplat.training import field
+from kinesplat.training.default import DefaultSettings, fit_splats, prepared
+from kinesplat.training.joint import fit_jointly
 from kinesplat.training.loop import Budget
+from kinesplat.training.paper import PaperSettings, train_paper
+from kinesplat.training.recipes import kept_on
 from kinesplat.twists import exp_twist
 
 
@@ -152,24 +158,89 @@ def test_photographs_get_their_second_look(work: Work) -> None:
     assert work.gpu > 0 == work.cpu
 
 
-def test_default_recipe(work: Work) -> None:
-    """Steps, density control and validation of a model on the GPU, with the pictures on the CPU."""
-    model = ks.zoo.load("kinearm").subsample(300)
-    tree = model.tree
-    q = tree.q_canonical + 0.1 * torch.randn(6, tree.dof).double()
+def pictures(model: ks.SelfModel, q: torch.Tensor) -> Frames:
+    """Pictures of a model on the CPU, one camera."""
     camera = Camera.framing(model.posed(q[0].float()).means, width=24, height=24)
-    camera = Camera(camera.K.expand(6, 3, 3).double(), camera.T_cam_world.expand(6, 4, 4).double(), 24, 24)
-    out = model.render(q.float(), camera, outputs=("rgb", "alpha"))
+    many = Camera(camera.K.expand(len(q), 3, 3).double(), camera.T_cam_world.expand(len(q), 4, 4).double(), 24, 24)
+    out = model.render(q.float(), many, outputs=("rgb", "alpha"))
     assert out.rgb is not None
     assert out.alpha is not None
-    frames = Frames(q, camera, (255 * out.rgb.clamp(0, 1)).byte(), (255 * out.alpha).byte())
-    settings = DefaultSettings(start=300, gaussians=320, rounds=1, pictures=3, validate_every=2)
+    return Frames(q, many, (255 * out.rgb.clamp(0, 1)).byte(), (255 * out.alpha).byte())
+
+
+@pytest.fixture
+def arm() -> ks.SelfModel:
+    return ks.zoo.load("kinearm").subsample(300)
+
+
+@pytest.fixture
+def frames(arm: ks.SelfModel, work: Work) -> Frames:
+    found = pictures(arm, arm.tree.q_canonical + 0.1 * torch.randn(6, arm.tree.dof).double())
     assert work == Work(0, 1)
     work.cpu = 0
-    trained = fit_splats(model.to("cuda"), frames, frames, Budget(5, None), settings)
+    return found
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_default_recipe(work: Work, arm: ks.SelfModel, frames: Frames, kept: bool, tmp_path: Path) -> None:
+    """Steps, density control and validation of a model on the GPU, with the pictures there or on the CPU; resumed."""
+    frames = frames.to("cuda") if kept else frames
+    settings = DefaultSettings(start=300, gaussians=320, rounds=1, pictures=3, validate_every=2)
+    for steps, resume in ((4, False), (5, True)):
+        trained = fit_splats(
+            arm.to("cuda"), frames, frames, Budget(steps, None), settings, folder=tmp_path, resume=resume
+        )
     assert trained.parameters.means.is_cuda
     assert torch.isfinite(trained.parameters.means).all()
     assert work.gpu > 0 == work.cpu
+
+
+def test_pictures_are_kept_where_they_fit(frames: Frames, monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, there in ((10**9, True), (frames.nbytes, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2 * free))
+        assert kept_on(torch.device("cuda"), frames).rgb.is_cuda == there
+    assert kept_on(torch.device("cpu"), frames) is frames
+
+
+def test_world_light(work: Work, arm: ks.SelfModel, frames: Frames) -> None:
+    settings = DefaultSettings(start=300, gaussians=320, rounds=1, pictures=3, validate_every=2, degree=1)
+    start = prepared(arm.to("cuda"), settings, torch.tensor([0.3, 0.2, -1.0, 0.3, 0.5, 0.2, 1.0]))
+    trained = fit_splats(start, frames, frames, Budget(3, None), settings)
+    assert trained.shader is not None
+    assert work.gpu > 0 == work.cpu
+
+
+def test_field_recipe(
+    work: Work, arm: ks.SelfModel, frames: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(field, "LABEL_STEPS", 2)
+    for steps, resume in ((2, False), (3, True)):
+        trained = field.train_with_field(
+            arm.to("cuda"), frames, frames.to("cuda"), Budget(steps, None), folder=tmp_path, resume=resume
+        )
+    assert trained.parameters.means.is_cuda
+    assert work.gpu > 0 == work.cpu
+
+
+def test_paper_recipe_and_its_baseline(work: Work, arm: ks.SelfModel, frames: Frames, tmp_path: Path) -> None:
+    """All three stages, resumed, and K-planes from the splats of the first."""
+    robot = ks.load_description("kinearm")
+    canonical = pictures(arm, arm.tree.q_canonical[None].repeat(3, 1))
+    work.cpu = 0
+    settings = PaperSettings(gaussians=200, canonical_steps=20, skinning_steps=2, layers=2, width=32)
+    for steps, resume in ((2, False), (3, True)):
+        trained = train_paper(
+            robot, canonical, frames.to("cuda"), frames, Budget(steps, None), settings, folder=tmp_path, resume=resume,
+            device="cuda",
+        )  # fmt: skip
+    assert trained.parameters.means.is_cuda
+    planes = KPlanesModel.around(trained.parameters, robot.tree, features=4, joint_cells=4)
+    fit_jointly(planes, frames, frames, Budget(2, None), kplanes_settings(planes))
+    assert work.gpu > 0 == work.cpu
+    row = table._model_row("paper", trained, frames, [(frames.q[0].float(), torch.rand(50, 3))], None, [0])
+    assert row.psnr_db > 0
+    assert row.chamfer_mm2 is not None
+    assert work.cpu == 0
 
 
 def test_commands(tmp_path: Path) -> None:

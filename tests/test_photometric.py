@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kinesplat.errors import InputError
 from kinesplat.rasterizer import cpu
-from kinesplat.rasterizer.photometric import l1_ssim
+from kinesplat.rasterizer.photometric import in_torch, l1_ssim
 
 SHAPES = [(1, 1), (3, 2), (11, 11), (12, 17), (64, 64), (65, 48), (130, 21)]
 
@@ -60,6 +60,21 @@ def test_value_and_gradient_are_those_of_the_definition(level: str, kind: str, m
         assert torch.allclose(loss.double(), exact, rtol=2e-6, atol=3e-9), (height, width)
         error = (gradient.double() - exact_gradient).norm() / exact_gradient.norm()
         assert error < 1e-5, (height, width, float(error))
+
+
+@pytest.mark.parametrize("kind", ["random", "close", "flat"])
+def test_torch_path_is_the_native_one(kind: str) -> None:
+    """What runs on a GPU, run here; flat pictures lose digits of the variances, hence their wider bound."""
+    for seed, (height, width) in enumerate(SHAPES):
+        torch.manual_seed(seed)
+        batch = ((), (2,), (2, 3))[seed % 3]
+        rendered, truth = pair(kind, *batch, height, width)
+        weight, v = (0.2, 0.0, 1.0)[seed % 3], torch.randn(batch)
+        found = value_and_gradient(in_torch, rendered, truth, weight, v)
+        exact = value_and_gradient(l1_ssim, rendered, truth, weight, v)
+        assert torch.allclose(found[0], exact[0], rtol=1e-5, atol=1e-7), (height, width)
+        assert (found[1] - exact[1]).norm() / exact[1].norm() < (1e-3 if kind == "flat" else 1e-5), (height, width)
+    assert in_torch(truth, truth, 0.5).abs().max() == 0
 
 
 def test_gradient_is_the_finite_difference() -> None:

@@ -74,13 +74,13 @@ class AppearanceField(torch.nn.Module):
             bandwidth=bandwidth,
             seed=seed,
         )
-        field = cls(tree.dof, k, network)
+        field = cls(tree.dof, k, network).to(points.device)
         low, high = points.amin(dim=0), points.amax(dim=0)
         field.centre.copy_(0.5 * (low + high))
         field.radius.copy_((points - field.centre).norm(dim=-1).amax())
         field.q_middle.copy_(0.5 * (tree.q_lower + tree.q_upper))
         field.q_half.copy_((0.5 * (tree.q_upper - tree.q_lower)).clamp(min=1e-6))
-        return field.to(points.device)
+        return field
 
     def forward(self, posed: Gaussians, canonical: Float[Tensor, "n 3"], q: Float[Tensor, "*batch dof"]) -> Gaussians:
         """Eq. 5 and its use in eq. 6: posed splats with the changes of configuration q applied.

@@ -9,7 +9,7 @@ from kinesplat.commands.common import (
     DEFAULTS,
     CommonOptions,
     Output,
-    cpu_of,
+    device_of,
     err,
     load_model,
     make_folder,
@@ -51,12 +51,12 @@ def evaluate(
             quarter of a second a step), into OUTPUT/baselines; a run that was killed goes on there.
         skip_corrupt: leave out shards of the data set that cannot be read.
     """
-    cpu_of(common)
+    device = device_of(common)
     if not models:
         raise InputError("no model given: kinesplat evaluate MODEL... --dataset DIR")
     data = Dataset.open(dataset, skip_corrupt)
     loaded: dict[str, Renderable] = {
-        name: load_model(model) for model, name in zip(models, _names(models), strict=True)
+        name: load_model(model).to(device) for model, name in zip(models, _names(models), strict=True)
     }
     make_folder(output)
     models_and_baselines = loaded | _trained_baselines(data, train_baselines, output, common.seed)

@@ -53,6 +53,16 @@ class Frames:
         index = rows if isinstance(rows, Tensor | slice) else torch.tensor(list(rows), dtype=torch.int64)
         return Frames(**{f.name: _rows_of(getattr(self, f.name), index) for f in fields(self)})
 
+    def to(self, device: torch.device | str) -> "Frames":
+        """The same images on another device."""
+        moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return Frames(**moved)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the images take [bytes]."""
+        return sum(value.nbytes for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor))
+
     @staticmethod
     def concatenate(parts: Sequence["Frames"]) -> "Frames":
         """All images of `parts`, in order.

@@ -160,7 +160,7 @@ def evaluate(
 
     Args:
         models: by the name that their row gets; anything with ``render(q, camera)``; with ``posed(q)`` there is a
-            Chamfer distance too, and self-models get more rows.
+            Chamfer distance too, and self-models get more rows. They render where their splats are.
         dataset: whose "test" part is rendered; the baselines look up images of its "train" part.
         limit: measure on so many test images only.
         baselines: also measure what the models have to beat, see `kinesplat.evaluation.baselines`.
@@ -211,18 +211,20 @@ def _with_variants(models: Mapping[str, Renderable], baselines: bool) -> dict[st
 def _model_row(
     name: str, model: Renderable, frames: Frames, surfaces: Surfaces, distance: Distance | None, picks: Sequence[int]
 ) -> Row:
-    seconds = 0.0
+    seconds, device = 0.0, _device_of(model)
 
     def draw(row: int) -> tuple[Picture, Mask]:
         nonlocal seconds
         view = frames.select([row]).camera
-        camera = Camera(view.K[0].float(), view.T_cam_world[0].float(), view.width, view.height)
+        camera = Camera(view.K[0].float(), view.T_cam_world[0].float(), view.width, view.height).to(device)
+        q = frames.q[row].float().to(device)
         began = time.perf_counter()
-        image = model.render(frames.q[row].float(), camera)
-        seconds += time.perf_counter() - began
+        image = model.render(q, camera)
         assert image.rgb is not None
         assert image.alpha is not None
-        return image.rgb, image.alpha
+        rgb, alpha = image.rgb.cpu(), image.alpha.cpu()
+        seconds += time.perf_counter() - began
+        return rgb, alpha
 
     with torch.no_grad():
         draw(0)
@@ -298,8 +300,15 @@ def _chamfer(model: Renderable, surfaces: Surfaces) -> float | None:
     """Mean over configurations [mm^2]."""
     if not isinstance(model, Posable):
         return None
-    found = [chamfer(model.posed(q).means, surface) for q, surface in surfaces]
+    device = _device_of(model)
+    found = [chamfer(model.posed(q.to(device)).means, surface) for q, surface in surfaces]
     return 1e6 * sum(found) / len(found)
+
+
+def _device_of(model: Any) -> torch.device:
+    """Where a model renders: where its splats are."""
+    parameters = getattr(getattr(model, "model", model), "parameters", None)
+    return torch.device("cpu") if parameters is None else parameters.means.device
 
 
 def _refuse_other_robots(models: Mapping[str, Renderable], dataset: Dataset) -> None:

@@ -1,4 +1,4 @@
-"""L1 + SSIM, the training loss of 3DGS, natively: value and gradient in one pass over the images."""
+"""L1 + SSIM, the training loss of 3DGS: natively on the CPU, value and gradient in one pass; in torch on a GPU."""
 
 import math
 from typing import Any
@@ -11,6 +11,9 @@ from torch.autograd.function import once_differentiable
 from kinesplat.errors import InputError
 from kinesplat.rasterizer.cpu import native, simd_level
 
+RADIUS, SIGMA = 5, 1.5
+C1, C2 = 0.01**2, 0.03**2
+
 
 def l1_ssim(
     rendered: Float[Tensor, "*batch height width 3"],
@@ -22,11 +25,12 @@ def l1_ssim(
     SSIM as in Wang et al. 2004 for values in [0, 1]: an 11 x 11 Gaussian window of standard deviation 1.5 px, zero
     beyond the border, per channel, C1 = 0.01^2 and C2 = 0.03^2; both terms are means over pixels and channels.
     Computed from sum and difference of the images, so that equal images give exactly 0 and flat regions lose no
-    digits. Runs on `torch.get_num_threads()` threads; the result does not depend on their number. NaN gives NaN.
+    digits. On the CPU it runs on `torch.get_num_threads()` threads; the result does not depend on their number. NaN
+    gives NaN.
 
     Args:
-        rendered: ``(*batch, height, width, 3)`` float32 on the CPU.
-        truth: ``(*batch, height, width, 3)`` or a shape that broadcasts to it; takes no gradient.
+        rendered: ``(*batch, height, width, 3)`` float32.
+        truth: ``(*batch, height, width, 3)`` or a shape that broadcasts to it, on the same device; takes no gradient.
         weight: share of the SSIM term, 0 to 1.
 
     Returns:
@@ -39,8 +43,8 @@ def l1_ssim(
     for name, value in (("rendered", rendered), ("truth", truth)):
         if value.ndim < 3 or value.shape[-1] != 3:
             raise InputError(f"{name} has shape {tuple(value.shape)}; expected (*batch, height, width, 3)")
-        if value.dtype != torch.float32 or value.device.type != "cpu":
-            raise InputError(f"{name} is {value.dtype} on {value.device}; expected torch.float32 on the CPU")
+        if value.dtype != torch.float32 or value.device != rendered.device:
+            raise InputError(f"{name} is {value.dtype} on {value.device}; expected torch.float32 on one device")
     if not 0.0 <= weight <= 1.0:
         raise InputError(f"weight is {weight}; expected a number from 0 to 1")
     if truth.requires_grad:
@@ -53,13 +57,45 @@ def l1_ssim(
         raise InputError(
             f"truth of shape {tuple(truth.shape)} does not broadcast to rendered, {tuple(rendered.shape)}"
         ) from error
+    if rendered.device.type != "cpu":
+        return in_torch(rendered, truth, weight)
     loss: Tensor = _L1Ssim.apply(rendered, truth, weight)
     return loss
 
 
+def in_torch(
+    rendered: Float[Tensor, "*batch height width 3"], truth: Float[Tensor, "*batch height width 3"], weight: float
+) -> Float[Tensor, "*batch"]:
+    """The same by torch's own operations, on any device.
+
+    With s = x + y and d = x - y, 1 - SSIM of a pixel is ``p + q - p q``, where p is twice the share of ``mean(d)^2``
+    in ``mean(s)^2 + mean(d)^2 + 2 C1`` and q twice that of ``var(d)`` in ``var(s) + var(d) + 2 C2``.
+    """
+    batch = rendered.shape[:-3]
+    x, y = (t.reshape(-1, *t.shape[-3:]).permute(0, 3, 1, 2).flatten(0, 1)[:, None] for t in (rendered, truth))
+    offsets = torch.arange(-RADIUS, RADIUS + 1, device=x.device, dtype=torch.float64)
+    line = torch.exp(-0.5 * (offsets / SIGMA).square())
+    line = (line / line.sum()).to(x)
+
+    def mean(values: Tensor) -> Tensor:
+        across = torch.nn.functional.conv2d(values, line.view(1, 1, 1, -1), padding=(0, RADIUS))
+        return torch.nn.functional.conv2d(across, line.view(1, 1, -1, 1), padding=(RADIUS, 0))
+
+    s, d = x + y, x - y
+    mean_s, mean_d = mean(s), mean(d)
+    var_s, var_d = mean(s * s) - mean_s.square(), mean(d * d) - mean_d.square()
+    p = 2.0 * mean_d.square() / (mean_s.square() + mean_d.square() + 2.0 * C1)
+    q = 2.0 * var_d / (var_s + var_d + 2.0 * C2)
+    values = (1.0 - weight) * d.abs() + weight * (p + q - p * q)
+    return values.reshape(math.prod(batch), -1).mean(dim=1).view(batch)
+
+
 class _L1Ssim(torch.autograd.Function):
+    """The native loss."""
+
     @staticmethod
     def forward(ctx: Any, rendered: Tensor, truth: Tensor, weight: float) -> Tensor:
+        """One loss per image; keeps its gradient where one is needed."""
         batch = rendered.shape[:-3]
         flat = [t.reshape(math.prod(batch), *t.shape[-3:]).contiguous() for t in (rendered.detach(), truth.detach())]
         loss = torch.empty(len(flat[0]), dtype=torch.float64)
@@ -79,5 +115,6 @@ class _L1Ssim(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, v_loss: Tensor) -> tuple[Tensor, None, None]:
+        """The kept gradient times that of the losses."""
         (gradient,) = ctx.saved_tensors
         return gradient * v_loss[..., None, None, None], None, None

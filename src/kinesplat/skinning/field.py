@@ -63,12 +63,12 @@ class SkinningField(torch.nn.Module):
         network = FourierMlp(
             3, 0, links, layers=layers, width=width, frequencies=frequencies, bandwidth=bandwidth, seed=seed
         )
-        field = cls(links, network)
+        field = cls(links, network).to(points.device)
         low, high = points.amin(dim=0), points.amax(dim=0)
         field.centre.copy_(0.5 * (low + high))
         field.radius.copy_((points - field.centre).norm(dim=-1).amax())
         field.turns_harmonics.fill_(turns_harmonics)
-        return field.to(points.device)
+        return field
 
     def logits(self, points: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch links"]:
         """Logarithm of the weights at canonical positions [m], up to a constant per position."""

@@ -181,7 +181,7 @@ class DefaultFit:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self._splats.load_state_dict(state["splats"])
-        self.link_index, self._anchors = state["link_index"], state["anchors"]
+        self.link_index, self._anchors = (state[name].to(self._device) for name in ("link_index", "anchors"))
         if "shader" in state:
             self._shader = Shader.like(state["shader"]["shader"]).to(self._device)
             self._train_shader()

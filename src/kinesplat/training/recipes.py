@@ -196,6 +196,7 @@ def _by_recipe(
 ) -> SelfModel:
     robot, target = load_robot(data.plan), resolve_device(device)
     frames, validation = (data.frames(part, geometry=False) for part in ("train", "validation"))
+    frames, validation = kept_on(target, frames), kept_on(target, validation)
     resume = resume and (folder / CHECKPOINT).is_file()
     if recipe == "paper":
         return train_paper(
@@ -228,6 +229,14 @@ def _by_recipe(
         resume=resume,
         progress=progress,
     ).to("cpu")
+
+
+def kept_on(device: torch.device, frames: Frames) -> Frames:
+    """The pictures on `device` if they take at most half of the memory that is free there; else where they are, and
+    every step fetches its own."""
+    if device.type != "cuda" or frames.nbytes > 0.5 * torch.cuda.mem_get_info(device)[0]:
+        return frames
+    return frames.to(device)
 
 
 def _light_of(frames: Frames) -> Tensor | None:

@@ -118,7 +118,9 @@ def test_models_lists_the_packaged_ones_and_their_joints() -> None:
     assert "wrist_roll" in joints.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "build", "inspect", "render", "reconstruct", "models", "benchmark"])
+@pytest.mark.parametrize(
+    "command", ["demo", "build", "inspect", "render", "reconstruct", "text", "models", "benchmark"]
+)
 def test_every_command_explains_itself(command: str) -> None:
     result = kinesplat(command, "--help")
     assert result.returncode == 0

@@ -26,7 +26,7 @@ def processor_of(kind: str) -> Any:
 def save_clip(folder: Path) -> None:
     tokenizer = transformers.CLIPTokenizer().train_new_from_iterator(SENTENCES, vocab_size=320, show_progress=False)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
-    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 16, **ids}
+    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 32, **ids}
     vision = {**LAYERS, "image_size": 32, "patch_size": 8}
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
     processor = processor_of("CLIPImageProcessor")(
@@ -39,7 +39,7 @@ def save_clip(folder: Path) -> None:
 def save_siglip(folder: Path) -> None:
     """SigLIP 2 of a fixed resolution has the classes of SigLIP and a tokenizer of Gemma's kind."""
     tokenizer = gemma_tokenizer()
-    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 32}
     vision = {**LAYERS, "image_size": 32, "patch_size": 8}
     processor = processor_of("SiglipImageProcessor")(size={"height": 32, "width": 32}, resample=2)
     model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
@@ -50,7 +50,7 @@ def save_siglip(folder: Path) -> None:
 def save_naflex(folder: Path) -> None:
     """SigLIP 2 NaFlex takes a list of patches, as many as the aspect asks for."""
     tokenizer = gemma_tokenizer()
-    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 32}
     vision = {**LAYERS, "num_patches": 16, "patch_size": 8}
     processor = processor_of("Siglip2ImageProcessor")(patch_size=8, max_num_patches=16)
     model = transformers.Siglip2Model(transformers.Siglip2Config(text_config=text, vision_config=vision))
@@ -141,7 +141,7 @@ def test_prompts_that_are_empty_or_too_long_are_refused(folder: Path) -> None:
     for prompts in ([], [" "]):
         with pytest.raises(InputError, match="empty"):
             encoder.embed_text(prompts)
-    with pytest.raises(InputError, match=r"tokens; .* reads 16"):
+    with pytest.raises(InputError, match=r"tokens; .* reads 32"):
         encoder.embed_text(["a fist " * 40])
 
 

@@ -11,7 +11,16 @@ if TYPE_CHECKING:
     from kinesplat.camera import Camera
     from kinesplat.description import Robot, load_description
     from kinesplat.gaussians import Gaussians, Parameters
-    from kinesplat.inverse import CalibrationResult, FitResult, TrackResult, calibrate, reconstruct, track
+    from kinesplat.inverse import (
+        CalibrationResult,
+        FitResult,
+        TextResult,
+        TrackResult,
+        calibrate,
+        reconstruct,
+        text_to_q,
+        track,
+    )
     from kinesplat.kinematics import KinematicTree
     from kinesplat.rasterizer import Render, rasterize, rasterize_links
     from kinesplat.self_model import SelfModel
@@ -28,6 +37,7 @@ __all__ = [
     "Render",
     "Robot",
     "SelfModel",
+    "TextResult",
     "TrackResult",
     "calibrate",
     "errors",
@@ -35,6 +45,7 @@ __all__ = [
     "rasterize",
     "rasterize_links",
     "reconstruct",
+    "text_to_q",
     "track",
     "train",
     "zoo",
@@ -50,6 +61,7 @@ _HOME = {
     "Render": "rasterizer",
     "Robot": "description",
     "SelfModel": "self_model",
+    "TextResult": "inverse",
     "TrackResult": "inverse",
     "calibrate": "inverse",
     "train": "training.recipes",
@@ -57,6 +69,7 @@ _HOME = {
     "rasterize": "rasterizer",
     "rasterize_links": "rasterizer",
     "reconstruct": "inverse",
+    "text_to_q": "inverse",
     "track": "inverse",
 }
 

@@ -19,6 +19,7 @@ from kinesplat.commands.reconstruct import reconstruct
 from kinesplat.commands.render import render
 from kinesplat.commands.self_models import build, inspect, models
 from kinesplat.commands.show import benchmark, demo
+from kinesplat.commands.text import text
 from kinesplat.commands.track import track
 from kinesplat.commands.train import train
 from kinesplat.errors import KinesplatError
@@ -37,6 +38,7 @@ COMMANDS = (
     initializer,
     calibrate,
     track,
+    text,
     benchmark,
 )
 

@@ -1,4 +1,4 @@
-"""Inverse problems on a self-model: which configuration and camera explain these pixels?"""
+"""Inverse problems on a self-model: which configuration and camera explain these pixels, or these words?"""
 
 from kinesplat.inverse.calibrate import calibrate
 from kinesplat.inverse.calibration_result import CalibrationResult
@@ -6,6 +6,8 @@ from kinesplat.inverse.initializer import Initializer
 from kinesplat.inverse.priors import Priors
 from kinesplat.inverse.reconstruct import reconstruct
 from kinesplat.inverse.result import FitResult, Hypothesis
+from kinesplat.inverse.text import text_to_q
+from kinesplat.inverse.text_result import TextResult
 from kinesplat.inverse.track import track
 from kinesplat.inverse.track_result import TrackResult
 
@@ -15,8 +17,10 @@ __all__ = [
     "Hypothesis",
     "Initializer",
     "Priors",
+    "TextResult",
     "TrackResult",
     "calibrate",
     "reconstruct",
+    "text_to_q",
     "track",
 ]

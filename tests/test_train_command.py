@@ -55,6 +55,15 @@ def test_a_data_set_becomes_a_model(data: Path, tmp_path: Path) -> None:
     assert default.validate(model, frames) == pytest.approx(report["validation_psnr_db"], abs=0.02)
 
 
+def test_as_many_splats_as_asked_for(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.safetensors"
+    assert kinesplat("train", data, "-o", out, "--steps", 2, "--gaussians", 400).returncode == 0
+    assert 350 < len(SelfModel.load(out).parameters) <= 400
+    paper = kinesplat("train", data, "-o", out, "--recipe", "paper", "--steps", 2, "--gaussians", 400)
+    assert "--gaussians is for recipe default" in one_line(paper)
+    assert "--gaussians is 0" in one_line(kinesplat("train", data, "-o", out, "--gaussians", 0))
+
+
 def test_resume_goes_on_where_the_run_was(data: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
     for steps, out in ((12, whole), (6, cut)):

@@ -1,11 +1,14 @@
 """Training of self-models: train."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import tyro
 
 from kinesplat.commands.common import DEFAULTS, CommonOptions, Output, device_of, err, out, packages_of, write_json
 from kinesplat.commands.dataset import image_progress, image_reporter
+from kinesplat.errors import InputError
+from kinesplat.training.default import DefaultSettings
 from kinesplat.training.recipes import TrainingOptions, images_of, make_work_folder, plan_of
 from kinesplat.training.recipes import train as train_model
 
@@ -19,6 +22,7 @@ def train(
     configurations: int = 500,
     views: int = 3,
     skinning: Literal["links", "field"] | None = None,
+    gaussians: int | None = None,
     resume: bool = False,
     package: tuple[str, ...] = (),
     *,
@@ -41,11 +45,14 @@ def train(
         skinning: links binds every splat to one link; field blends links by a field of weights, learnt from the links
             of the meshes and then from the pictures, for bodies that do not come in rigid pieces. By default links,
             and field with recipe paper.
+        gaussians: splats of recipe default (15000 unless given): more are sharper, and slower.
         resume: go on from the checkpoint in OUTPUT.training; starts afresh where there is none.
         package: NAME=FOLDER of ROS packages that package:// refers to.
     """
     device_of(common)
     options = TrainingOptions(steps, minutes, configurations, views, skinning)
+    if gaussians is not None:
+        options = replace(options, default=_of_size(options.default, gaussians, recipe))
     _ = options.budget  # refuses one without end before anything is rendered
     packages = packages_of(package)
     total = sum(shard.images for shard in plan_of(robot, options, packages, common.seed).shards())
@@ -68,3 +75,16 @@ def train(
         f"validation PSNR {made.get('validation_psnr_db', '?')} dB; log and checkpoint in {folder}"
     )
     write_json(common.json, {"model": str(output), "training": str(folder), **made})
+
+
+def _of_size(settings: DefaultSettings, gaussians: int, recipe: str) -> DefaultSettings:
+    """The recipe with another number of splats.
+
+    Raises:
+        InputError: fewer than one, or for another recipe.
+    """
+    if recipe != "default":
+        raise InputError(f"--gaussians is for recipe default; recipe {recipe} grows its splats by itself")
+    if gaussians < 1:
+        raise InputError(f"--gaussians is {gaussians}; expected at least 1")
+    return replace(settings, start=gaussians, gaussians=gaussians)

@@ -26,11 +26,13 @@ class SelfCollision:
 
     Attributes:
         pairs: ``(pairs, 2)`` geoms that are tested against each other.
+        excepted: pairs of links that touch in the canonical configuration, by name.
     """
 
     pairs: Int[np.ndarray, "pairs 2"]
 
     def __init__(self, robot: Robot) -> None:
+        """Find the pairs that can collide at all; `robot` is never changed."""
         self._robot = robot
         self._data = mujoco.MjData(robot.mj_model)
         self.pairs = _testable_pairs(robot.mj_model)

@@ -17,7 +17,14 @@ IMAGES_PER_SHARD = 48
 
 @dataclass(frozen=True)
 class Shard:
-    """Some configurations of one split, with all their views; one file."""
+    """Some configurations of one split, with all their views; one file.
+
+    Attributes:
+        split: "train", "test" or "canonical".
+        index: of the shard in its split, from 0.
+        configurations: how many it holds.
+        views: pictures of each.
+    """
 
     split: Split
     index: int
@@ -26,10 +33,12 @@ class Shard:
 
     @property
     def file_name(self) -> str:
+        """Name of its file in the data set's folder."""
         return f"{self.split}-{self.index:05d}.zip"
 
     @property
     def images(self) -> int:
+        """How many pictures it holds."""
         return self.configurations * self.views
 
 

@@ -36,14 +36,20 @@ _CHUNK = 32
 
 @dataclass(frozen=True)
 class Unmoved:
-    """A model that stands in its canonical configuration whatever the joints."""
+    """A model that stands in its canonical configuration whatever the joints.
+
+    Attributes:
+        model: which.
+    """
 
     model: SelfModel
 
     def render(self, q: Float[Tensor, "*batch dof"], camera: Camera) -> Render:
+        """Images of the canonical configuration; `q` (batch ``*batch``) only says how many."""
         return self.model.render(self.model.tree.q_canonical.to(q).expand_as(q), camera)
 
     def posed(self, q: Float[Tensor, "*batch dof"]) -> Gaussians:
+        """The splats of the canonical configuration in the world, batch ``*batch``."""
         return self.model.posed(self.model.tree.q_canonical.to(q).expand_as(q))
 
 

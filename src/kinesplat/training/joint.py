@@ -28,14 +28,20 @@ class Trainable(Protocol):
     """What `fit_jointly` can train: a frozen dataclass with splats and networks that renders configurations."""
 
     @property
-    def parameters(self) -> Parameters: ...
+    def parameters(self) -> Parameters:
+        """The splats that learn."""
+        ...
 
     @property
-    def networks(self) -> Mapping[str, torch.nn.Module]: ...
+    def networks(self) -> Mapping[str, torch.nn.Module]:
+        """What learns beside them, by name; trained in place."""
+        ...
 
     def render(
         self, q: Float[Tensor, "*#batch dof"], camera: Camera, background: Background = ..., *, outputs: Sequence[str]
-    ) -> Render: ...
+    ) -> Render:
+        """Images of configurations `q` [rad or m], differentiable in splats and networks."""
+        ...
 
 
 Model = TypeVar("Model", bound=Trainable)

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from kinesplat.appearance.shader import Shader, lit, split_headlight
 from kinesplat.camera import Camera
-from kinesplat.dataset.lights import WORLD_LIGHT
+from kinesplat.dataset.frames import Frames
+from kinesplat.dataset.lights import WORLD_LIGHT, draw_lights
+from kinesplat.dataset.sampling import random_cameras, random_configurations
+from kinesplat.errors import InputError
 from kinesplat.gaussians import Gaussians
 from kinesplat.rasterizer import rasterize
 from kinesplat.rasterizer.projection import quats_to_rotations
@@ -18,7 +21,8 @@ from kinesplat.rasterizer.spherical_harmonics import SH_C0, sh_basis
 from kinesplat.self_model import SelfModel
 from kinesplat.surface.patches import headlight_shading
 from kinesplat.surface.points import SurfacePoints
-from kinesplat.training.default import DefaultSettings, prepared
+from kinesplat.training.default import DefaultSettings, fit_splats, prepared, validate
+from kinesplat.training.loop import Budget
 
 LIGHT = torch.tensor(WORLD_LIGHT)
 
@@ -156,3 +160,51 @@ def test_a_coarser_model_is_lit_alike(world_lit: SelfModel) -> None:
     assert one is not None
     assert two is not None
     assert -10.0 * math.log10((one - two).square().mean().item()) > 22.0
+
+
+def test_relit_is_the_model_made_for_that_light(kinearm: SelfModel) -> None:
+    """From the world's light to another and back; and what `prepared` makes for the other light."""
+    start = kinearm.subsample(1500)
+    other = torch.tensor([0.0, 0.6, -0.8, 0.4, 0.25, 0.35, 1.0])
+    here, there = (prepared(start, DefaultSettings(), light) for light in (LIGHT, other))
+    relit = here.relit(other)
+    q = here.tree.q_canonical.float()
+    camera = Camera.framing(here.posed(q).means, width=48, height=48)
+    with torch.no_grad():
+        one, two, back = (m.render(q, camera).rgb for m in (relit, there, relit.relit(LIGHT)))
+        first = here.render(q, camera).rgb
+    assert one is not None
+    assert two is not None
+    assert back is not None
+    assert (one - two).abs().max() < 1e-4
+    assert (back - first).abs().max() < 1e-4
+    assert (one - first).abs().mean() > 5e-3
+
+
+def test_relit_refuses_what_it_cannot_know(kinearm: SelfModel, world_lit: SelfModel) -> None:
+    with pytest.raises(InputError, match="knows its headlight only"):
+        kinearm.relit(LIGHT)
+    unknown = replace(world_lit, shader=Shader(LIGHT[:3].float(), world_lit.shader.sh.detach()))
+    with pytest.raises(InputError, match="if the light it was made for is known"):
+        unknown.relit(LIGHT)
+
+
+def test_pictures_of_many_lights_teach_one_model(kinearm: SelfModel) -> None:
+    """Pictures of a relit model are the truth; colours that were spoilt come back, for lights not seen in training."""
+    truth, generator = prepared(kinearm.subsample(300), DefaultSettings(), LIGHT), torch.Generator().manual_seed(0)
+    lights = draw_lights("random", 12, generator).float()
+    q = random_configurations(kinearm.tree, 12, generator)
+    camera = random_cameras(kinearm.posed(q.float()).means.double(), generator, size=32)
+    rows = []
+    with torch.no_grad():
+        for i, light in enumerate(lights):
+            one = Camera(camera.K[i].float(), camera.T_cam_world[i].float(), 32, 32)
+            rows.append(truth.relit(light).render(q[i].float(), one).rgb)
+    rgb = (255.0 * torch.stack(rows)).round().clamp(0, 255).to(torch.uint8)
+    frames = Frames(q, camera, rgb, torch.zeros_like(rgb[..., 0]), light=lights)
+    spoilt = replace(truth, parameters=replace(truth.parameters, sh=truth.parameters.sh * 0.5))
+    settings = replace(DefaultSettings(), rounds=0, validate_every=100, patience=100)
+    before = validate(spoilt, frames.select(slice(8, 12)))
+    fitted = fit_splats(spoilt, frames.select(slice(0, 8)), frames.select(slice(8, 12)), Budget(steps=50), settings)
+    assert validate(truth, frames) > 35.0
+    assert validate(fitted, frames.select(slice(8, 12))) > before + 3.0

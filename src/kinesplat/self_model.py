@@ -158,6 +158,24 @@ class SelfModel:
             outputs=outputs,
         )
 
+    def relit(self, light: Float[Tensor, "7"]) -> "SelfModel":
+        """The same robot under another light; for models with a shader (see `kinesplat.appearance.shader`).
+
+        Args:
+            light: a row of `kinesplat.dataset.lights`: direction, ambient, diffuse, headlight, shadows (always cast).
+
+        Raises:
+            InputError: the model has no shader, or one that does not know its light well enough.
+        """
+        if self.shader is None:
+            raise InputError("the model knows its headlight only; train it on pictures of --light world or random")
+        with torch.no_grad():
+            sh, shader = self.shader.relit(self.parameters.sh, light)
+            fixed = Shader(shader.direction, shader.sh, parts=shader.parts)
+            fixed.log_bias.copy_(self.shader.log_bias)
+            fixed.log_blur.copy_(self.shader.log_blur)
+        return replace(self, parameters=replace(self.parameters, sh=sh), shader=fixed.to(sh.device))
+
     @property
     def networks(self) -> dict[str, torch.nn.Module]:
         """The networks that the model has, by the name of their attribute."""

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kinesplat.camera import Camera
+from kinesplat.errors import InputError
 from kinesplat.gaussians import Gaussians
 from kinesplat.rasterizer import rasterize_links
 from kinesplat.rasterizer.spherical_harmonics import SH_C0, sh_basis, sh_degree
@@ -33,14 +34,27 @@ class Shader(torch.nn.Module):
             in the link's frame; the values themselves, without the offset of 0.5.
         log_bias: logarithm of how far behind the lit surface a splat still counts as lit [log m].
         log_blur: logarithm of the depth over which light turns into shadow [log m].
+        parts: ``(3,)`` ambient, diffuse and headlight of the light (`kinesplat.dataset.lights`); zeros where not known.
+            They matter to `relit` alone.
     """
 
     direction: Float[Tensor, "3"]
+    parts: Float[Tensor, "3"]
 
-    def __init__(self, direction: Float[Tensor, "3"], sh: Float[Tensor, "n k 3"], reach: float = 0.01) -> None:
-        """A shader that begins with the responses `sh`; `reach` is about the size of a splat [m]."""
+    def __init__(
+        self,
+        direction: Float[Tensor, "3"],
+        sh: Float[Tensor, "n k 3"],
+        reach: float = 0.01,
+        parts: Float[Tensor, "3"] | None = None,
+    ) -> None:
+        """A shader that begins with the responses `sh`; `reach` is about the size of a splat [m].
+
+        Without `parts` nothing is known of the light but its direction, and `relit` will refuse.
+        """
         super().__init__()
         self.register_buffer("direction", torch.nn.functional.normalize(direction.to(sh), dim=0))
+        self.register_buffer("parts", (torch.zeros(3) if parts is None else parts).to(sh))
         self.sh = torch.nn.Parameter(sh.clone())
         self.log_bias = torch.nn.Parameter(torch.tensor(math.log(reach)))
         self.log_blur = torch.nn.Parameter(torch.tensor(math.log(0.3 * reach)))
@@ -66,7 +80,7 @@ class Shader(torch.nn.Module):
 
     def select(self, rows: Int[Tensor, " m"]) -> "Shader":
         """The same light on some of the splats, in their order."""
-        fresh = Shader(self.direction, self.sh.detach()[rows])
+        fresh = Shader(self.direction, self.sh.detach()[rows], parts=self.parts)
         fresh.log_bias.data.copy_(self.log_bias.detach())
         fresh.log_blur.data.copy_(self.log_blur.detach())
         return fresh.to(self.sh.device)
@@ -80,8 +94,39 @@ class Shader(torch.nn.Module):
             RuntimeError: their sizes contradict each other.
         """
         shader = cls(state["direction"].float(), state["sh"].float())
-        shader.load_state_dict(state)
+        shader.load_state_dict({"parts": shader.parts, **state})  # files of the first versions have no parts
         return shader
+
+    def relit(self, sh: Float[Tensor, "n k 3"], light: Float[Tensor, "7"]) -> "tuple[Float[Tensor, 'n k 3'], Shader]":
+        """What the splats look like under another light; differentiable in `sh` and in this shader.
+
+        A matte surface of colour c shines with ``c ambient + R(axis) headlight`` and, where the light reaches it,
+        ``R(direction) diffuse``: both parts of this model tell c and the response R, whatever its own light.
+
+        Args:
+            sh: ``(n, k, 3)`` the splats' own spherical harmonics, along the optical axis, with the offset of 0.5.
+            light: a row of `kinesplat.dataset.lights`; it casts shadows.
+
+        Returns:
+            their spherical harmonics and the shader under that light.
+
+        Raises:
+            InputError: the model's own light has no ambient or no diffuse part, or is not known.
+        """
+        ambient, diffuse, headlight = self.parts.tolist()
+        if min(ambient, diffuse) <= 0.0:
+            raise InputError("a model can be relit if the light it was made for is known, ambient and diffuse part")
+        if sh.shape != self.sh.shape:
+            raise InputError(f"harmonics {tuple(sh.shape)} beside a response {tuple(self.sh.shape)}; expected the same")
+        of_ambient, of_world, of_camera = light[3:6].tolist()
+        offset = torch.zeros_like(sh[0])
+        offset[0] = 0.5 / SH_C0
+        response = self.sh / diffuse
+        colour = (sh + offset - headlight * response) / ambient
+        fresh = Shader(light[:3].to(sh), self.sh.detach(), parts=light[3:6])
+        del fresh.sh, fresh.log_bias, fresh.log_blur
+        fresh.sh, fresh.log_bias, fresh.log_blur = of_world * response, self.log_bias, self.log_blur
+        return of_ambient * colour + of_camera * response - offset, fresh
 
     def visibility(
         self, gaussians: Gaussians, link_index: Int[Tensor, " n"], Ts_world_link: Float[Tensor, "*batch links 4 4"]

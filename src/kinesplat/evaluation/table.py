@@ -27,6 +27,7 @@ from kinesplat.evaluation.metrics import chamfer, mask_iou, psnr, ssim
 from kinesplat.gaussians import Gaussians
 from kinesplat.rasterizer import Render
 from kinesplat.self_model import SelfModel
+from kinesplat.training.default import has_many_lights
 
 Picture = Float[Tensor, "height width 3"]
 Mask = Float[Tensor, "height width"]
@@ -211,15 +212,16 @@ def _with_variants(models: Mapping[str, Renderable], baselines: bool) -> dict[st
 def _model_row(
     name: str, model: Renderable, frames: Frames, surfaces: Surfaces, distance: Distance | None, picks: Sequence[int]
 ) -> Row:
-    seconds, device = 0.0, _device_of(model)
+    seconds, device, many = 0.0, _device_of(model), has_many_lights(frames)
 
     def draw(row: int) -> tuple[Picture, Mask]:
         nonlocal seconds
         view = frames.select([row]).camera
         camera = Camera(view.K[0].float(), view.T_cam_world[0].float(), view.width, view.height).to(device)
         q = frames.q[row].float().to(device)
+        shown = _under(frames.light[row], model) if frames.light is not None and many else model
         began = time.perf_counter()
-        image = model.render(q, camera)
+        image = shown.render(q, camera)
         assert image.rgb is not None
         assert image.alpha is not None
         rgb, alpha = image.rgb.cpu(), image.alpha.cpu()
@@ -232,6 +234,11 @@ def _model_row(
         row = _scores(name, draw, frames, distance, picks)
         row["chamfer_mm2"] = _chamfer(model, surfaces)
     return Row(**row, milliseconds_per_image=1000.0 * seconds / len(frames))
+
+
+def _under(light: Float[Tensor, "7"], model: Renderable) -> Renderable:
+    """The model under the light of a picture, where it can be relit."""
+    return model.relit(light) if isinstance(model, SelfModel) and model.shader is not None else model
 
 
 def _image_rows(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kinesplat.appearance.shader import Shader, lit, split_headlight
@@ -96,6 +96,7 @@ class DefaultFit:
         self._scale = scale
         self._splats = SplatOptimizer(model.parameters, settings.rates, scale)
         self._anchors = model.parameters.means.clone()
+        self._lights = frames.light if has_many_lights(frames) else None
         self._shader, self._shader_adam = model.shader, None
         self._train_shader()
 
@@ -123,21 +124,10 @@ class DefaultFit:
     def step(self, number: int, share: float) -> Mapping[str, Tensor]:
         """Move once, on the pictures of step `number`."""
         rows = batch_rows(len(self._frames), self.settings.batch, number, self._seed)
-        frames, splats, Ts = self._frames.select(rows), self.parameters, self._Ts[rows]
-        gaussians = splats.activate()
-        if self._shader is not None:
-            gaussians = lit(gaussians, self._shader(gaussians, self.link_index, Ts))
-        out = rasterize_links(
-            gaussians,
-            self.link_index,
-            Ts,
-            frames.camera.to(self._device),
-            eps2d=self.settings.eps2d,
-            outputs=("rgb",),
-        )
-        assert out.rgb is not None
-        truth = frames.rgb.to(self._device) / 255.0
-        difference = out.rgb - truth
+        frames, splats = self._frames.select(rows), self.parameters
+        groups = rows.split(1) if self._lights is not None else (rows,)
+        rendered = torch.cat([self._rendered(group) for group in groups])
+        difference = rendered - frames.rgb.to(self._device) / 255.0
         l1 = difference.abs().mean()
         loss = l1 + self.settings.square * difference.square().mean()
         values = {"l1": l1.detach()}
@@ -152,6 +142,20 @@ class DefaultFit:
             self._shader_adam.step()
             self._shader_adam.zero_grad()
         return values
+
+    def _rendered(self, rows: Int[Tensor, " m"]) -> Float[Tensor, "m h w 3"]:
+        """Pictures of one light, as the splats are."""
+        gaussians, shader, Ts = self.parameters.activate(), self._shader, self._Ts[rows]
+        if shader is not None:
+            sh = gaussians.sh
+            if self._lights is not None:
+                sh, shader = shader.relit(sh, self._lights[rows[0]])
+            gaussians = replace(gaussians, sh=sh)
+            gaussians = lit(gaussians, shader(gaussians, self.link_index, Ts))
+        camera = self._frames.select(rows).camera.to(self._device)
+        rgb = rasterize_links(gaussians, self.link_index, Ts, camera, eps2d=self.settings.eps2d, outputs=("rgb",)).rgb
+        assert rgb is not None
+        return rgb
 
     def densify(self, wanted: int, number: int) -> None:
         """Drop splats that are not seen, and cut in two where the pictures are most wrong; the `number`-th time."""
@@ -195,7 +199,7 @@ def prepared(model: SelfModel, settings: DefaultSettings, light: Float[Tensor, "
     Args:
         model: as `SelfModel.from_description` makes it, for a headlight.
         settings: of the recipe.
-        light: the world's light, see `kinesplat.dataset.lights`; None for the headlight.
+        light: the world's light to make the model for, see `kinesplat.dataset.lights`; None for the headlight.
     """
     splats = model.parameters
     more = (settings.degree + 1) ** 2 - splats.sh.shape[1]
@@ -205,7 +209,7 @@ def prepared(model: SelfModel, settings: DefaultSettings, light: Float[Tensor, "
         normals = quats_to_rotations(splats.quats)[..., 2]
         sh, world = split_headlight(sh, normals, light, HEADLIGHT_AMBIENT, HEADLIGHT_DIFFUSE)
         reach = float(splats.log_scales.amax(-1).median().exp())
-        shader = Shader(light[:3].to(sh), world, 2.0 * reach)
+        shader = Shader(light[:3].to(sh), world, 2.0 * reach, light[3:6])
     return replace(model, parameters=replace(splats, sh=sh), shader=shader)
 
 
@@ -225,7 +229,8 @@ def fit_splats(
 
     Args:
         model: where to start.
-        frames: pictures to train on, under a headlight.
+        frames: pictures to train on; of another light than the headlight for a model with a shader (`prepared`), which
+            is relit for each picture where their lights differ.
         validation: pictures of other configurations, to know when to stop.
         budget: when to end at the latest.
         settings: how to learn.
@@ -287,14 +292,20 @@ def splats_after(rounds: int, settings: DefaultSettings) -> int:
 @torch.no_grad()
 def validate(model: SelfModel, frames: Frames) -> float:
     """Mean PSNR over the pictures of `frames` [dB]."""
-    values = []
-    for rows in torch.arange(len(frames)).split(16):
+    values, many = [], has_many_lights(frames)
+    for rows in torch.arange(len(frames)).split(1 if many else 16):
         part = frames.select(rows)
         device = model.parameters.means.device
-        out = model.render(part.q.float().to(device), part.camera.to(device), outputs=("rgb",))
+        under = model if part.light is None or not many else model.relit(part.light[0])
+        out = under.render(part.q.float().to(device), part.camera.to(device), outputs=("rgb",))
         assert out.rgb is not None
         values.append(psnr(out.rgb, part.rgb.to(device) / 255.0))
     return float(torch.cat(values).mean())
+
+
+def has_many_lights(frames: Frames) -> bool:
+    """Whether the pictures were taken under different lights."""
+    return frames.light is not None and bool((frames.light != frames.light[0]).any())
 
 
 def link_poses(model: SelfModel, frames: Frames) -> Float[Tensor, "n links 4 4"]:

@@ -13,12 +13,13 @@ from kinesplat import __version__
 from kinesplat.dataset.container import MANIFEST, Dataset
 from kinesplat.dataset.frames import Frames
 from kinesplat.dataset.generate import Report, load_robot, write_dataset
+from kinesplat.dataset.lights import WORLD_LIGHT
 from kinesplat.dataset.plan import Plan
 from kinesplat.description import Robot
 from kinesplat.devices import DeviceName, resolve_device
 from kinesplat.errors import InputError, unknown
 from kinesplat.self_model import SelfModel
-from kinesplat.training.default import CHECKPOINT, DefaultSettings, fit_splats, prepared
+from kinesplat.training.default import CHECKPOINT, DefaultSettings, fit_splats, has_many_lights, prepared
 from kinesplat.training.field import train_with_field
 from kinesplat.training.loop import Budget
 from kinesplat.training.paper import PaperSettings, train_paper
@@ -240,16 +241,10 @@ def kept_on(device: torch.device, frames: Frames) -> Frames:
 
 
 def _light_of(frames: Frames) -> Tensor | None:
-    """The one light of all pictures; None for the headlight.
-
-    Raises:
-        InputError: the pictures were taken under different lights.
-    """
+    """The light that the model is made for: that of all pictures, or one of ours where they differ; None: headlight."""
     if frames.light is None:
         return None
-    if (frames.light != frames.light[0]).any():
-        raise InputError("the pictures have different lights; recipe 'default' needs --light headlight or world")
-    return frames.light[0]
+    return torch.tensor(WORLD_LIGHT) if has_many_lights(frames) else frames.light[0]
 
 
 def _provenance(recipe: Recipe, data: Dataset, options: TrainingOptions, seed: int) -> dict[str, Any]:

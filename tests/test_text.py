@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 from test_clip import save_clip
 from torch import Tensor
 
@@ -121,8 +122,7 @@ def tiny(folder: Path, dtype: torch.dtype) -> ClipEncoder:
     return ClipEncoder.load(folder, dtype=dtype)
 
 
-@pytest.mark.parametrize("negatives", [(), ("a fist",)])
-@pytest.mark.parametrize("varied", [None, Augmentation(copies=2)])
+@pytest.mark.parametrize(("negatives", "varied"), [((), Augmentation(copies=2)), (("a fist",), None)])
 def test_the_gradient_is_the_derivative_of_the_loss(
     kinearm: ks.SelfModel, negatives: tuple[str, ...], varied: Augmentation | None, tmp_path: Path
 ) -> None:
@@ -179,6 +179,23 @@ def test_a_random_clip_climbs_and_stays_within_the_limits(arm: ks.SelfModel, vie
     torch.testing.assert_close(fit.hypotheses[0].q, fit.q)
     assert "thumbs up" in fit.report()
     assert json.loads(json.dumps(fit.to_json(), allow_nan=False))["evidence"]["prompt"] == "thumbs up"
+
+
+def test_the_worse_starts_are_given_up_and_the_answer_is_a_start_that_went_on(
+    arm: ks.SelfModel, views: ks.Camera, goals: dict[str, Tensor]
+) -> None:
+    camera = one(views)
+    encoder = encoder_of(arm, goals, camera)
+    objective = TextObjective(arm, camera, encoder, Words.of(encoder, ["bent"], ()), None, None)
+    q = starting(arm.tree, None, 8, torch.Generator().manual_seed(0))
+    path, losses = text.ascend(objective, q, 12, torch.Generator(), Progress(disable=True))
+    moved = (path[1:] != path[:-1]).any(dim=2)
+    assert moved.sum(dim=1).tolist() == [8] * 4 + [4] * 4 + [2] * 4
+    assert torch.equal(moved, losses.isfinite())
+    worst_kept, best_dropped = losses[:4].mean(dim=0)[moved[4]].max(), losses[:4].mean(dim=0)[~moved[4]].min()
+    assert worst_kept <= best_dropped
+    single, _ = text.ascend(objective, q[:1], 12, torch.Generator(), Progress(disable=True))
+    assert (single[1:] != single[:-1]).any(dim=2).all()
 
 
 def test_self_collision_is_kept_away(arm: ks.SelfModel, views: ks.Camera) -> None:

@@ -30,6 +30,9 @@ TEMPLATES = ("{}", "a photo of {}.", "a 3D rendering of {}.", "a picture of a ro
 VIEWS = ((1.0, 0.7, 0.5), (1.0, -0.7, 0.5), (-1.0, 0.7, 0.5), (-1.0, -0.7, 0.5))
 VIEW_PX = 224
 RATE, LAST_RATE = 0.08, 0.1
+HALVED_AT = (1 / 3, 2 / 3)
+FEWEST = 2
+RECENT = 10
 NEAR = 0.3
 IMAGES_AT_ONCE = 128
 JUDGE_COPIES = 4
@@ -76,7 +79,8 @@ def text_to_q(
     Maximises the cosine similarity between the encoder's embeddings of the rendered pictures and of the prompt. (The
     paper writes that the dot product is minimised; that is a slip of the sign.) Many random starts climb at once by
     Adam within the joint limits, every step on new random variations of the pictures, whose mean holds an encoder's
-    quirks at bay. The ends are judged on the same plain and varied pictures; the best one is the answer.
+    quirks at bay; on the way the worse starts are given up. The ends are judged on the same plain and varied pictures;
+    the best one is the answer.
 
     Args:
         model: self-model of the robot.
@@ -237,25 +241,31 @@ def ascend(
 ) -> tuple[Float[Tensor, "steps batch dof"], Float[Tensor, "iterations batch"]]:
     """Adam from every start, with a step that shrinks along a cosine; every step ends within the joint limits.
 
+    After one and after two thirds of the iterations the worse half stays where it is, and costs nothing any more.
+
     Returns:
-        The configurations, the starts first, and the losses on the variations of every step.
+        The configurations, the starts first, and the losses on the variations of every step; NaN of those that stay.
     """
     tree = objective.model.tree
     scale = joint_scale(tree).to(q)
     units = (q / scale).requires_grad_(True)
     optimizer = torch.optim.Adam([units], lr=RATE, betas=(0.9, 0.99))
-    path, losses = [q], []
+    path, losses, alive = [q], [], torch.arange(len(q))
     task = bar.add_task("climbing", total=iterations)
     for step in range(iterations):
+        if step in [round(share * iterations) for share in HALVED_AT] and len(alive) >= 2 * FEWEST:
+            recent = torch.stack(losses[-RECENT:]).cpu()[:, alive].mean(dim=0)
+            alive = alive[recent.argsort()[: (len(alive) + 1) // 2]].sort().values
         share = 0.5 * (1.0 + math.cos(math.pi * step / iterations))
         optimizer.param_groups[0]["lr"] = RATE * (LAST_RATE + (1.0 - LAST_RATE) * share)
-        loss, gradient = objective.slope(path[-1], generator)
-        units.grad = gradient * scale
+        loss, gradient = objective.slope(path[-1][alive], generator)
+        units.grad = torch.zeros_like(q).index_copy(0, alive.to(q.device), gradient * scale)
         optimizer.step()
         with torch.no_grad():
-            path.append(tree.clamp(units * scale))
+            path.append(path[-1].clone())
+            path[-1][alive] = tree.clamp(units[alive] * scale)
             units.copy_(path[-1] / scale)
-        losses.append(loss)
+        losses.append(torch.full((len(q),), math.nan).to(q).index_copy(0, alive.to(q.device), loss))
         bar.update(task, advance=1, description=f"climbing, loss {float(loss.min()):.3f}")
     return torch.stack(path), torch.stack(losses)
 
@@ -320,7 +330,7 @@ def _result(
     return TextResult(
         q=state.q[best],
         camera=camera.to("cpu"),
-        loss_history=tuple(losses[:, best].tolist()),
+        loss_history=tuple(losses[:, best][losses[:, best].isfinite()].tolist()),
         level_starts=(0,),
         q_history=path[:, best].cpu(),
         covariance=spread_of(state.q, loss),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from kinesplat.appearance.shader import Shader, lit, split_headlight
@@ -96,7 +96,7 @@ class DefaultFit:
         self._scale = scale
         self._splats = SplatOptimizer(model.parameters, settings.rates, scale)
         self._anchors = model.parameters.means.clone()
-        self._lights = frames.light if has_many_lights(frames) else None
+        self._many_lights = has_many_lights(frames)
         self._shader, self._shader_adam = model.shader, None
         self._train_shader()
 
@@ -125,9 +125,7 @@ class DefaultFit:
         """Move once, on the pictures of step `number`."""
         rows = batch_rows(len(self._frames), self.settings.batch, number, self._seed)
         frames, splats = self._frames.select(rows), self.parameters
-        groups = rows.split(1) if self._lights is not None else (rows,)
-        rendered = torch.cat([self._rendered(group) for group in groups])
-        difference = rendered - frames.rgb.to(self._device) / 255.0
+        difference = self._rendered(frames, self._Ts[rows]) - frames.rgb.to(self._device) / 255.0
         l1 = difference.abs().mean()
         loss = l1 + self.settings.square * difference.square().mean()
         values = {"l1": l1.detach()}
@@ -143,16 +141,18 @@ class DefaultFit:
             self._shader_adam.zero_grad()
         return values
 
-    def _rendered(self, rows: Int[Tensor, " m"]) -> Float[Tensor, "m h w 3"]:
-        """Pictures of one light, as the splats are."""
-        gaussians, shader, Ts = self.parameters.activate(), self._shader, self._Ts[rows]
+    def _rendered(self, frames: Frames, Ts_world_link: Float[Tensor, "m links 4 4"]) -> Float[Tensor, "m h w 3"]:
+        """The splats from the cameras of `frames`, under their lights."""
+        if self._many_lights and len(frames) > 1:
+            one_by_one = [self._rendered(frames.select([i]), Ts_world_link[i : i + 1]) for i in range(len(frames))]
+            return torch.cat(one_by_one)
+        gaussians, shader, Ts = self.parameters.activate(), self._shader, Ts_world_link
         if shader is not None:
-            sh = gaussians.sh
-            if self._lights is not None:
-                sh, shader = shader.relit(sh, self._lights[rows[0]])
-            gaussians = replace(gaussians, sh=sh)
+            if self._many_lights and frames.light is not None:
+                sh, shader = shader.relit(gaussians.sh, frames.light[0])
+                gaussians = replace(gaussians, sh=sh)
             gaussians = lit(gaussians, shader(gaussians, self.link_index, Ts))
-        camera = self._frames.select(rows).camera.to(self._device)
+        camera = frames.camera.to(self._device)
         rgb = rasterize_links(gaussians, self.link_index, Ts, camera, eps2d=self.settings.eps2d, outputs=("rgb",)).rgb
         assert rgb is not None
         return rgb

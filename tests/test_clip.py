@@ -136,6 +136,18 @@ def test_a_sentence_means_the_same_alone_and_among_others(folder: Path) -> None:
         torch.testing.assert_close(encoder.embed_text([sentence])[0], row, rtol=1e-4, atol=1e-5)
 
 
+def test_siglip_reads_the_padding_as_it_was_trained_to(folder: Path) -> None:
+    """CLIP looks at what the sentence's end sees, and SigLIP at the last of all tokens, padding included."""
+    encoder, tokenizer = ClipEncoder.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(["thumbs up"], padding="max_length", max_length=32, return_tensors="pt")
+    if "siglip" in encoder.network.config.model_type:
+        tokens = {"input_ids": tokens["input_ids"]}
+    with torch.no_grad():
+        output = encoder.network.get_text_features(**tokens)
+    expected = output if isinstance(output, torch.Tensor) else output.pooler_output
+    torch.testing.assert_close(encoder.embed_text(["thumbs up"]), torch.nn.functional.normalize(expected, dim=-1))
+
+
 def test_prompts_that_are_empty_or_too_long_are_refused(folder: Path) -> None:
     encoder = ClipEncoder.load(folder)
     for prompts in ([], [" "]):

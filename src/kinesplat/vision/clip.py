@@ -83,6 +83,8 @@ class ClipEncoder:
             if count > most:
                 raise InputError(f"the prompt {prompt[:40]!r}... has {count} tokens; {self.name} reads {most}")
         tokens = self.tokenizer(words, padding="max_length", max_length=most, return_tensors="pt").to(self.device)
+        if self.network.config.model_type.startswith("siglip"):
+            tokens.pop("attention_mask", None)  # SigLIP was trained to read the padding, too
         return _unit(_features(self.network.get_text_features(**tokens)))
 
     def embed_images(self, rgb: Float[Tensor, "n height width 3"]) -> Float[Tensor, "n k"]:

@@ -134,6 +134,54 @@ def test_two_runs_agree_bitwise() -> None:
     assert torch.equal(grads[0][1], grads[1][1])
 
 
+def test_what_the_backward_pass_needs_cannot_be_changed_in_place() -> None:
+    splats = in_dtype(random_gaussians(5), torch.float32).to(device=DEVICE)
+    camera = look(8, 8, dtype=torch.float32).to(device=DEVICE)
+    out = rasterize(splats, camera, backend="cuda", outputs=("rgb", "depth"))
+    assert out.rgb is not None
+    assert out.depth is not None
+    with torch.no_grad():
+        out.depth.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (out.rgb.sum() + out.depth.sum()).backward()
+
+
+def test_nothing_is_kept_where_nothing_is_recorded() -> None:
+    splats = in_dtype(random_gaussians(5), torch.float32).to(device=DEVICE)
+    camera = look(8, 8, dtype=torch.float32).to(device=DEVICE)
+    with torch.no_grad():
+        still = rasterize(splats, camera, backend="cuda", outputs=OUTPUTS)
+    moving = rasterize(splats, camera, backend="cuda", outputs=OUTPUTS)
+    for name in OUTPUTS:
+        assert torch.equal(getattr(still, name), getattr(moving, name))
+        assert getattr(still, name).grad_fn is None
+
+
+@pytest.mark.parametrize("batch", [(0,), (2, 0)])
+def test_a_batch_of_nothing(batch: tuple[int, ...]) -> None:
+    splats = in_dtype(random_gaussians(5), torch.float32).to(device=DEVICE)
+    camera = look(8, 8, dtype=torch.float32).to(device=DEVICE)
+    Ts = torch.eye(4, device=DEVICE).expand(*batch, 1, 4, 4)
+    out = rasterize_links(splats, one_link(5).to(DEVICE), Ts, camera, backend="cuda", outputs=OUTPUTS)
+    for name, tail in (("rgb", (8, 8, 3)), ("alpha", (8, 8)), ("link_id", (8, 8)), ("contribution", (5,))):
+        assert getattr(out, name).shape == (*batch, *tail)
+    assert out.rgb is not None
+    out.rgb.sum().backward()
+
+
+def test_slices_and_transposes_are_rendered_like_copies() -> None:
+    wide = in_dtype(random_gaussians(20), torch.float32, requires_grad=False).to(device=DEVICE)
+    thin = replace(wide, **{f: getattr(wide, f)[1::2] for f in FIELDS})
+    copy = replace(thin, **{f: getattr(thin, f).clone(memory_format=torch.contiguous_format) for f in FIELDS})
+    camera = look(19, 13, dtype=torch.float32).to(device=DEVICE)
+    turned = Camera(camera.K.mT.contiguous().mT, camera.T_cam_world.mT.contiguous().mT, 19, 13)
+    background = torch.ones(1, 6, device=DEVICE)[..., ::2]
+    for output in OUTPUTS:
+        a = rasterize(thin, turned, background[0], backend="cuda", outputs=(output,))
+        b = rasterize(copy, camera, (1.0, 1.0, 1.0), backend="cuda", outputs=(output,))
+        assert torch.equal(getattr(a, output), getattr(b, output))
+
+
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero):RuntimeWarning")  # the interpreter's numpy
 @pytest.mark.parametrize("field", [*FIELDS, "K", "T_cam_world", "Ts_world_link", "background"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

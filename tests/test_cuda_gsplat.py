@@ -7,8 +7,8 @@ from dataclasses import replace
 import fake_gsplat
 import pytest
 import torch
-from cuda_scenes import GPU, away_from_thresholds, compare
-from rasterizer_scenes import look, random_gaussians, random_transforms
+from cuda_scenes import DEVICE, GPU, away_from_thresholds, compare
+from rasterizer_scenes import FIELDS, look, random_gaussians, random_transforms
 
 from kinesplat.camera import Camera
 from kinesplat.errors import BackendError, InputError
@@ -19,7 +19,7 @@ EYE = torch.eye(4, dtype=torch.float64)[None]
 GREY = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 
 
-@pytest.fixture(params=["1.4.0", "1.5.3"])
+@pytest.fixture(params=fake_gsplat.VERSIONS)
 def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """gsplat of this version: the stand-in, or the real one on a GPU that has it."""
     if GPU:
@@ -70,6 +70,19 @@ def test_splats_in_the_plane_of_the_camera_give_no_nan(version: str) -> None:
     index, bounds = torch.zeros(4, dtype=torch.int64), (1e-4, 1e-3)
     keep = away_from_thresholds(splats, camera)
     compare(splats, EYE, camera, GREY, index, backend="gsplat", outputs=("rgb", "alpha"), mask=keep, bounds=bounds)
+
+
+def test_nothing_to_see_and_nothing_at_all(version: str) -> None:
+    splats = random_gaussians(4, dtype=torch.float32).to(device=DEVICE)
+    camera = look(20, 16, dtype=torch.float32).to(device=DEVICE)
+    away = Camera.look_at((0.0, 0.0, 5.0), (0.0, 0.0, 9.0), up=(0.0, 1.0, 0.0), width=20, height=16).to(device=DEVICE)
+    none = replace(splats, **{name: getattr(splats, name)[:0] for name in FIELDS})
+    for scene, view in ((splats, away), (none, camera)):
+        out = rasterize(scene, view, backend="gsplat", outputs=OUTPUTS)
+        assert out.rgb is not None
+        assert out.alpha is not None
+        assert (out.rgb == 1).all()
+        assert (out.alpha == 0).all()
 
 
 def test_link_ids_are_refused() -> None:

@@ -152,8 +152,11 @@ def _empty_outputs(scene: Scene) -> dict[str, Tensor]:
 
 
 class _Rasterize(torch.autograd.Function):
+    """The native kernels in autograd's terms."""
+
     @staticmethod
     def forward(ctx: Any, scene: Scene, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The outputs of `scene`; the native frame is kept where a gradient is wanted."""
         plan = make_plan(scene)
         out = _empty_outputs(scene)
         needs_grad = any(ctx.needs_input_grad)
@@ -174,6 +177,7 @@ class _Rasterize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of splats, link weights, transforms, intrinsics and background, as far as they are wanted."""
         means, quats, scales, opacities, sh, weights, T_cam_world, Ts_world_link, K, background = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         scene, plan = ctx.scene, ctx.plan

@@ -16,16 +16,17 @@ from kinesplat.rasterizer.render import Render, Scene
 
 TILE = (16, 8)  # pixels of a tile, all of them in one warp
 UNROLL = 4
+KEPT = ("alpha", "depth", "left", "last")
+"""Images that the backward pass reads."""
 
 
 def render(scene: Scene) -> Render:
     """Render a scene whose tensors are on the GPU."""
     g = scene.gaussians
     splats = g.means, g.quats, g.scales, g.opacities, g.sh
-    camera = scene.camera
-    images = _Rasterize.apply(
-        scene, *splats, scene.link_weights, camera.T_cam_world, scene.Ts_world_link, camera.K, scene.background
-    )
+    poses = scene.camera.T_cam_world, scene.Ts_world_link
+    recorded = torch.is_grad_enabled()  # within `apply` it never is
+    images = _Rasterize.apply(scene, recorded, *splats, scene.link_weights, *poses, scene.camera.K, scene.background)
     return Render(**dict(zip(scene.outputs, images, strict=True)))
 
 
@@ -69,9 +70,12 @@ def _links(scene: Scene, rows: Tensor, n: int) -> Tensor:
 
 
 class _Rasterize(torch.autograd.Function):
+    """The kernels in autograd's terms."""
+
     @staticmethod
-    def forward(ctx: Any, scene: Scene, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        keep = any(ctx.needs_input_grad)
+    def forward(ctx: Any, scene: Scene, recorded: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The outputs of `scene`; what the backward pass needs is kept only where there can be one."""
+        keep = recorded and any(ctx.needs_input_grad)
         frame = project(scene, TILE)
         wanted = scene.outputs
         if keep:
@@ -82,22 +86,23 @@ class _Rasterize(torch.autograd.Function):
         ctx.mark_non_differentiable(*(out[name] for name in ("link_id", "contribution") if name in scene.outputs))
         if keep:
             ctx.scene, ctx.frame = scene, frame
-            ctx.images = {name: out[name] for name in ("alpha", "depth", "left", "last")}
-            ctx.save_for_backward(*tensors)
+            ctx.save_for_backward(*tensors, *(out[name] for name in KEPT))  # all: none may be changed in place
         return tuple(out[name].view(*scene.batch_shape, *out[name].shape[1:]) for name in scene.outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of splats, link weights, transforms, intrinsics and background, as far as they are wanted."""
         scene, flat = ctx.scene, ctx.frame.flat
-        *_, K, background = ctx.saved_tensors
-        needs, shape = ctx.needs_input_grad[1:], scene.batch_shape
+        *_, K, background, alpha, depth, left, last = ctx.saved_tensors
+        needs, shape = ctx.needs_input_grad[2:], scene.batch_shape
         given = {
             name: g.reshape(len(flat.K), *g.shape[len(shape) :]).contiguous()
             for name, g in zip(scene.outputs, grads, strict=True)
             if g is not None and name in ("rgb", "alpha", "depth")
         }
-        sums = summed(_blend_backward(scene, ctx.frame, ctx.images, given), ctx.frame.tiles)
+        images = {"alpha": alpha, "depth": depth, "left": left, "last": last}
+        sums = summed(_blend_backward(scene, ctx.frame, images, given), ctx.frame.tiles)
         out = _project_backward(scene, flat, sums, needs)
         fields = (scene.gaussians.means, scene.gaussians.quats, scene.gaussians.scales, scene.gaussians.opacities)
         splats = [
@@ -110,9 +115,9 @@ class _Rasterize(torch.autograd.Function):
         if needs[9]:
             v_background = torch.zeros_like(background)
             if "rgb" in given:
-                seen = (given["rgb"] * (1.0 - ctx.images["alpha"][..., None])).sum((1, 2))
+                seen = (given["rgb"] * (1.0 - alpha[..., None])).sum((1, 2))
                 v_background = seen.view(*shape, 3).sum_to_size(background.shape)
-        return None, *splats, v_weights, v_T, v_Ts, v_K, v_background
+        return None, None, *splats, v_weights, v_T, v_Ts, v_K, v_background
 
 
 def _blend_backward(scene: Scene, frame: Frame, images: dict[str, Tensor], given: dict[str, Tensor]) -> Tensor:

@@ -2,6 +2,8 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from kinesplat.dataset.frames import Frames
 from kinesplat.devices import resolve_device
 from kinesplat.errors import BackendError, InputError
 from kinesplat.evaluation import table
-from kinesplat.evaluation.kplanes import KPlanesModel, kplanes_settings
+from kinesplat.evaluation import trained as trained_models
+from kinesplat.evaluation.kplanes import KPlanesModel
 from kinesplat.inverse import camera_search
 from kinesplat.inverse.lighting import Light
 from kinesplat.inverse.observation import Observation
@@ -26,7 +29,6 @@ from kinesplat.inverse.result import FitResult, Hypothesis
 from kinesplat.rasterizer import normal_equations
 from kinesplat.training import field
 from kinesplat.training.default import DefaultSettings, fit_splats, prepared
-from kinesplat.training.joint import fit_jointly
 from kinesplat.training.loop import Budget
 from kinesplat.training.paper import PaperSettings, train_paper
 from kinesplat.training.recipes import kept_on
@@ -98,7 +100,17 @@ def test_reconstruct(work: Work, known: bool) -> None:
     assert work.gpu > 0 == work.cpu
 
 
-def test_calibrate(work: Work) -> None:
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps at every image size."""
+    for module, names in (("calibrate", ("NEAR_LEVELS", "FINE_LEVELS")), ("track", ("LEVELS",))):
+        there = import_module(f"kinesplat.inverse.{module}")
+        for name in names:
+            monkeypatch.setattr(there, name, tuple(replace(level, iterations=2) for level in getattr(there, name)))
+    monkeypatch.setattr(import_module("kinesplat.inverse.calibrate"), "REFIT_ITERATIONS", 1)
+
+
+def test_calibrate(work: Work, short: None) -> None:
     """Two cameras, offsets and focal lengths free, from a guess; what comes back is on the CPU."""
     model = ks.zoo.load("kinearm").subsample(600).to("cuda")
     q = (model.tree.q_canonical + 0.3 * torch.randn(4, model.tree.dof)).float()
@@ -113,7 +125,7 @@ def test_calibrate(work: Work) -> None:
     assert work.gpu > 0 == work.cpu
 
 
-def test_camera_search_for_a_calibration(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_camera_search_for_a_calibration(work: Work, short: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(camera_search, "ROTATIONS", 64)
     monkeypatch.setattr(camera_search, "RENDERED", 16)
     monkeypatch.setattr(camera_search, "LEVELS", camera_search.LEVELS[:1])
@@ -127,7 +139,7 @@ def test_camera_search_for_a_calibration(work: Work, monkeypatch: pytest.MonkeyP
     assert work.gpu > 0 == work.cpu
 
 
-def test_track(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_track(work: Work, short: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A video whose background is learnt, so that the robot is cut out of it on the way."""
     model = ks.zoo.load("kinearm").subsample(600).to("cuda")
     q = (model.tree.q_canonical + torch.linspace(0.0, 0.1, 5)[:, None]).float()
@@ -222,24 +234,32 @@ def test_field_recipe(
     assert work.gpu > 0 == work.cpu
 
 
-def test_paper_recipe_and_its_baseline(work: Work, arm: ks.SelfModel, frames: Frames, tmp_path: Path) -> None:
+def test_paper_recipe_and_its_baseline(
+    work: Work, arm: ks.SelfModel, frames: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All three stages, resumed, and K-planes from the splats of the first."""
+    monkeypatch.setattr(KPlanesModel, "around", partial(KPlanesModel.around, features=4, joint_cells=4))
     robot = ks.load_description("kinearm")
     canonical = pictures(arm, arm.tree.q_canonical[None].repeat(3, 1))
     work.cpu = 0
-    settings = PaperSettings(gaussians=200, canonical_steps=20, skinning_steps=2, layers=2, width=32)
-    for steps, resume in ((2, False), (3, True)):
+    settings = PaperSettings(gaussians=200, canonical_steps=8, skinning_steps=1, layers=2, width=32)
+    frames = frames.select([0, 1])
+    for steps, resume in ((1, False), (2, True)):
         trained = train_paper(
             robot, canonical, frames.to("cuda"), frames, Budget(steps, None), settings, folder=tmp_path, resume=resume,
             device="cuda",
         )  # fmt: skip
     assert trained.parameters.means.is_cuda
-    planes = KPlanesModel.around(trained.parameters, robot.tree, features=4, joint_cells=4)
-    fit_jointly(planes, frames, frames, Budget(2, None), kplanes_settings(planes))
+    stages = trained_models.shared_stages(robot, canonical, settings, tmp_path, device="cuda")
+    planes = trained_models.train_kplanes(
+        stages, robot, (frames, frames), Budget(1, None), tmp_path / "planes", device="cuda"
+    )
+    assert planes.parameters.means.is_cuda
     assert work.gpu > 0 == work.cpu
-    row = table._model_row("paper", trained, frames, [(frames.q[0].float(), torch.rand(50, 3))], None, [0])
-    assert row.psnr_db > 0
-    assert row.chamfer_mm2 is not None
+    for model in (trained, planes):
+        row = table._model_row("paper", model, frames, [(frames.q[0].float(), torch.rand(50, 3))], None, [0])
+        assert row.psnr_db > 0
+        assert row.chamfer_mm2 is not None
     assert work.cpu == 0
 
 

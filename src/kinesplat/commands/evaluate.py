@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from kinesplat.commands.common import (
@@ -59,7 +60,7 @@ def evaluate(
         name: load_model(model).to(device) for model, name in zip(models, _names(models), strict=True)
     }
     make_folder(output)
-    models_and_baselines = loaded | _trained_baselines(data, train_baselines, output, common.seed)
+    models_and_baselines = loaded | _trained_baselines(data, train_baselines, output, device, common.seed)
     evaluation = evaluate_models(
         models_and_baselines,
         data,
@@ -77,14 +78,17 @@ def evaluate(
     write_json(common.json, evaluation.to_json())
 
 
-def _trained_baselines(data: Dataset, steps: int | None, output: Path, seed: int) -> dict[str, Renderable]:
+def _trained_baselines(
+    data: Dataset, steps: int | None, output: Path, device: torch.device, seed: int
+) -> dict[str, Renderable]:
     """No deform and K-planes, where they are asked for."""
     if steps is None:
         return {}
     from kinesplat.evaluation.trained import train_baselines  # needs the description package, and so MuJoCo
 
     budget, folder = Budget(steps=steps), output / "baselines"
-    return dict(train_baselines(data, budget, folder, seed=seed, progress=err.is_terminal))
+    more = {"device": str(device), "seed": seed}
+    return dict(train_baselines(data, budget, folder, **more, progress=err.is_terminal))
 
 
 def _names(models: tuple[str, ...]) -> list[str]:

@@ -58,7 +58,7 @@ def train(
     total = sum(shard.images for shard in plan_of(robot, options, packages, common.seed).shards())
     folder = make_work_folder(output)
     with image_progress(total) as images:
-        data = images_of(robot, folder, options, packages, common.seed, image_reporter(images, total))
+        data = images_of(robot, folder, options, packages, common.seed, image_reporter(images, total), common.device)
     model = train_model(
         data.directory,
         recipe,

@@ -33,6 +33,7 @@ def train_baselines(
     folder: Path,
     *,
     settings: PaperSettings | None = None,
+    device: str = "cpu",
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, SelfModel | KPlanesModel]:
@@ -43,6 +44,7 @@ def train_baselines(
         budget: of the joint training of each; stages 1 and 2 have their own numbers of steps and are shared.
         folder: for checkpoints and logs; created if needed.
         settings: of the recipe `paper`.
+        device: where splats and networks live.
         seed: of all randomness.
         progress: show bars.
 
@@ -55,9 +57,9 @@ def train_baselines(
         TrainingError: a loss became NaN; names the step.
     """
     robot, settings = load_robot(data.plan), settings or PaperSettings()
-    stages = shared_stages(robot, data.canonical, settings, folder / "stages", seed=seed, progress=progress)
+    more: dict[str, Any] = {"device": device, "seed": seed, "progress": progress}
+    stages = shared_stages(robot, data.canonical, settings, folder / "stages", **more)
     frames = data.frames("train", geometry=False), data.frames("validation", geometry=False)
-    more: dict[str, Any] = {"seed": seed, "progress": progress}
     return {
         NO_DEFORM: train_from(
             stages, robot, frames, budget, folder / "no_deform", replace(settings, appearance=False), **more
@@ -67,7 +69,14 @@ def train_baselines(
 
 
 def shared_stages(
-    robot: Robot, canonical: Frames, settings: PaperSettings, folder: Path, *, seed: int = 0, progress: bool = False
+    robot: Robot,
+    canonical: Frames,
+    settings: PaperSettings,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: bool = False,
 ) -> Mapping[str, Any]:
     """Stages 1 and 2 of the recipe `paper`, from the checkpoint in `folder` as far as it goes; arguments as there."""
     path = folder / CHECKPOINT
@@ -78,7 +87,7 @@ def shared_stages(
         folder.mkdir(parents=True, exist_ok=True)
         write_checkpoint(path, state)
 
-    first_stages(robot, canonical, settings, state, keep, seed=seed, progress=progress)
+    first_stages(robot, canonical, settings, state, keep, device=device, seed=seed, progress=progress)
     return state
 
 
@@ -90,6 +99,7 @@ def train_from(
     folder: Path,
     settings: PaperSettings,
     *,
+    device: str = "cpu",
     seed: int = 0,
     progress: bool = False,
 ) -> SelfModel:
@@ -99,7 +109,16 @@ def train_from(
         write_checkpoint(folder / CHECKPOINT, stages)
     canonical = frames[1]  # not looked at: the checkpoint has that stage behind it
     return train_paper(
-        robot, canonical, *frames, budget, settings, folder=folder, resume=True, seed=seed, progress=progress
+        robot,
+        canonical,
+        *frames,
+        budget,
+        settings,
+        folder=folder,
+        resume=True,
+        device=device,
+        seed=seed,
+        progress=progress,
     )
 
 
@@ -110,12 +129,13 @@ def train_kplanes(
     budget: Budget,
     folder: Path,
     *,
+    device: str = "cpu",
     seed: int = 0,
     progress: bool = False,
 ) -> KPlanesModel:
     """K-planes from the same canonical splats, in the same loop, resumed from the checkpoint in `folder`."""
     path = folder / CHECKPOINT
-    start = KPlanesModel.around(Parameters(**stages["canonical"]), robot.tree, seed=seed)
+    start = KPlanesModel.around(Parameters(**stages["canonical"]).to(device), robot.tree, seed=seed)
     resume = read_checkpoint(path) if path.is_file() else None
     if resume is not None and "fit" not in resume:
         raise ModelFileError(f"{path}: no checkpoint of K-planes")

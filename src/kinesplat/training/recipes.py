@@ -110,7 +110,7 @@ def train(
     budget = options.budget  # refuses one without end before anything is rendered
     with tempfile.TemporaryDirectory() if out is None else nullcontext(make_work_folder(out)) as name:
         folder = Path(name)
-        data = images_of(robot, folder, options, packages or {}, seed)
+        data = images_of(robot, folder, options, packages or {}, seed, device=device)
         model = _by_recipe(recipe, data, options, budget, seed, folder, resume, device, progress)
         model = replace(
             model,
@@ -165,6 +165,7 @@ def images_of(
     packages: dict[str, str],
     seed: int,
     report: Report | None = None,
+    device: DeviceName = "auto",
 ) -> Dataset:
     """The data set given, or one rendered for the occasion into ``<folder>/images``, or what is missing of it.
 
@@ -175,13 +176,14 @@ def images_of(
         packages: as in `train`.
         seed: of configurations and cameras.
         report: as in `write_dataset`.
+        device: where rays are traced.
     """
     if not isinstance(robot, Robot) and (Path(robot) / MANIFEST).is_file():
         return Dataset.open(robot)
     if not isinstance(robot, Robot) and Path(robot).is_dir():
         raise InputError(f"{robot}: a folder without {MANIFEST}; expected a robot, or a folder of kinesplat dataset")
     source = robot.source if isinstance(robot, Robot) else str(robot)
-    return write_dataset(folder / "images", plan_of(source, options, packages, seed), report=report)
+    return write_dataset(folder / "images", plan_of(source, options, packages, seed), device=device, report=report)
 
 
 def _by_recipe(

@@ -57,10 +57,12 @@ def test_a_data_set_becomes_a_model(data: Path, tmp_path: Path) -> None:
 
 def test_as_many_splats_as_asked_for(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
-    assert kinesplat("train", data, "-o", out, "--steps", 2, "--gaussians", 400).returncode == 0
-    assert 350 < len(SelfModel.load(out).parameters) <= 400
-    paper = kinesplat("train", data, "-o", out, "--recipe", "paper", "--steps", 2, "--gaussians", 400)
-    assert "--gaussians is for recipe default" in one_line(paper)
+    assert kinesplat("train", data, "-o", out, "--steps", 2, "--gaussians", 400, "--degree", 1).returncode == 0
+    parameters = SelfModel.load(out).parameters
+    assert 350 < len(parameters) <= 400
+    assert parameters.sh.shape[1:] == (4, 3)
+    paper = kinesplat("train", data, "-o", out, "--recipe", "paper", "--steps", 2, "--degree", 2)
+    assert "--gaussians and --degree are for recipe default" in one_line(paper)
     assert "--gaussians is 0" in one_line(kinesplat("train", data, "-o", out, "--gaussians", 0))
 
 

@@ -1,6 +1,6 @@
 """Training of self-models: train."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import tyro
@@ -13,6 +13,16 @@ from kinesplat.training.recipes import TrainingOptions, images_of, make_work_fol
 from kinesplat.training.recipes import train as train_model
 
 
+@dataclass(frozen=True)
+class Splats:
+    """Splats of recipe default; recipe paper grows them by itself."""
+
+    gaussians: int | None = None
+    """How many, 15000 unless given; more are sharper, and slower."""
+    degree: Literal[0, 1, 2, 3] | None = None
+    """Of their spherical harmonics, 3 unless given; 2 needs two thirds of the file."""
+
+
 def train(
     robot: Annotated[str, tyro.conf.Positional],
     output: Output,
@@ -22,7 +32,7 @@ def train(
     configurations: int = 500,
     views: int = 3,
     skinning: Literal["links", "field"] | None = None,
-    gaussians: int | None = None,
+    splats: Annotated[Splats, tyro.conf.OmitArgPrefixes] = Splats(),
     resume: bool = False,
     package: tuple[str, ...] = (),
     *,
@@ -45,14 +55,13 @@ def train(
         skinning: links binds every splat to one link; field blends links by a field of weights, learnt from the links
             of the meshes and then from the pictures, for bodies that do not come in rigid pieces. By default links,
             and field with recipe paper.
-        gaussians: splats of recipe default (15000 unless given): more are sharper, and slower.
+        splats: how many, and how their colours change with the direction.
         resume: go on from the checkpoint in OUTPUT.training; starts afresh where there is none.
         package: NAME=FOLDER of ROS packages that package:// refers to.
     """
     device_of(common)
     options = TrainingOptions(steps, minutes, configurations, views, skinning)
-    if gaussians is not None:
-        options = replace(options, default=_of_size(options.default, gaussians, recipe))
+    options = replace(options, default=_sized(options.default, splats, recipe))
     _ = options.budget  # refuses one without end before anything is rendered
     packages = packages_of(package)
     total = sum(shard.images for shard in plan_of(robot, options, packages, common.seed).shards())
@@ -77,14 +86,16 @@ def train(
     write_json(common.json, {"model": str(output), "training": str(folder), **made})
 
 
-def _of_size(settings: DefaultSettings, gaussians: int, recipe: str) -> DefaultSettings:
-    """The recipe with another number of splats.
+def _sized(settings: DefaultSettings, splats: Splats, recipe: str) -> DefaultSettings:
+    """The recipe with another number of splats, or another degree.
 
     Raises:
-        InputError: fewer than one, or for another recipe.
+        InputError: fewer than one splat, or splats for another recipe.
     """
-    if recipe != "default":
-        raise InputError(f"--gaussians is for recipe default; recipe {recipe} grows its splats by itself")
-    if gaussians < 1:
-        raise InputError(f"--gaussians is {gaussians}; expected at least 1")
-    return replace(settings, start=gaussians, gaussians=gaussians)
+    if recipe != "default" and splats != Splats():
+        raise InputError(f"--gaussians and --degree are for recipe default; recipe {recipe} grows its splats by itself")
+    if splats.gaussians is not None:
+        if splats.gaussians < 1:
+            raise InputError(f"--gaussians is {splats.gaussians}; expected at least 1")
+        settings = replace(settings, start=splats.gaussians, gaussians=splats.gaussians)
+    return settings if splats.degree is None else replace(settings, degree=splats.degree)

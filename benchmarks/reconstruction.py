@@ -162,6 +162,7 @@ def solve(
             rank for rank, h in enumerate(fit.hypotheses[:4]) if errors(model, case, p, h.q, h.camera, capture)["right"]
         ],
         "weak": list(fit.weak_variables),
+        "std": fit.covariance.diagonal().sqrt().clamp(max=1e9).tolist(),
         "q": fit.q.tolist(),
         "T_cam_world": fit.camera.T_cam_world.tolist(),
         **fit.evidence,

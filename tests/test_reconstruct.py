@@ -142,7 +142,7 @@ def test_a_picture_of_something_else_is_called_a_failure(kinearm: SelfModel) -> 
 
 
 def test_verdicts_follow_from_the_evidence() -> None:
-    clean = {"unexplained": 0.01, "gap": 2.0, "agreement": 0.5, "attempts": 1, "confirmed": False}
+    clean = {"unexplained": 0.01, "doubt": 0.03, "gap": 2.0, "agreement": 0.5, "attempts": 1, "confirmed": False}
     cases = [
         ({}, "converged", True),
         ({"gap": None}, "converged", True),

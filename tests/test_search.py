@@ -32,19 +32,24 @@ def test_alias_moves_are_half_turns_and_mirrored_triples(kinearm: SelfModel) -> 
     tree = kinearm.tree
     moves = AliasMoves.of(tree)
     hinges = sum(kind == "hinge" for kind in tree.joint_types)
-    assert len(moves.sign) == hinges + 2 * (hinges - 2)
-    assert len(AliasMoves.of(tree, 8).sign) == 7 * hinges + 2 * (hinges - 2)
+    grippers = 3 * (tree.dof - hinges)
+    assert len(moves.sign) == hinges + 2 * (hinges - 2) + grippers
+    assert len(AliasMoves.of(tree, 8).sign) == 7 * hinges + 2 * (hinges - 2) + grippers
     q = (tree.q_canonical + 0.1).float()[None]
     changed = (moves.apply_all(q) - q).abs() > 1e-6
     assert (changed.sum(dim=1) <= 3).all()
     slides = torch.tensor([kind == "slide" for kind in tree.joint_types])
-    assert not changed[:, slides].any()
+    assert not changed[:-grippers, slides].any()
+    assert not changed[-grippers:, ~slides].any()
+    middle = 0.5 * (tree.q_lower + tree.q_upper)
+    expected = torch.stack([tree.q_lower, middle, tree.q_upper])[:, slides].float()
+    torch.testing.assert_close(moves.apply_all(q)[-grippers:, slides], expected)
 
 
 def test_twice_a_half_turn_is_no_turn(kinearm: SelfModel) -> None:
     moves = AliasMoves.of(kinearm.tree)
     q = kinearm.tree.q_canonical.float() + 0.3 * torch.randn(20, kinearm.tree.dof)
-    for move in range(len(moves.sign)):
+    for move in torch.nonzero((moves.sign != 0.0).all(dim=1))[:, 0].tolist():
         index = torch.full((20,), move)
         twice = moves.apply(moves.apply(q, index), index)
         turns = (twice - q) / (2 * math.pi)
@@ -68,8 +73,9 @@ def test_children_stay_within_the_limits_and_keep_some_joints(kinearm: SelfModel
     assert 0.3 < same < 0.9
 
 
-def test_robots_without_hinges_have_no_aliases_and_are_searched_all_the_same(kinearm: SelfModel) -> None:
-    slides = replace(kinearm.tree, joint_types=("slide",) * kinearm.tree.dof)
+def test_robots_of_long_slides_have_no_aliases_and_are_searched_all_the_same(kinearm: SelfModel) -> None:
+    long = torch.full_like(kinearm.tree.q_upper, 2.0)
+    slides = replace(kinearm.tree, joint_types=("slide",) * kinearm.tree.dof, q_lower=-long, q_upper=long)
     moves = AliasMoves.of(slides)
     assert moves.apply_all(slides.q_canonical.float()[None]).shape == (0, slides.dof)
     start = states(slides, slides.q_canonical.float()[None])

@@ -37,7 +37,8 @@ class Level:
 NEAR_LEVELS = (
     Level(32, 1_000, 12, 1.0),
     Level(64, 3_000, 12, 0.5),
-    Level(128, 3_000, 10, 0.25),
+    Level(128, 3_000, 8, 0.25),
+    Level(128, 3_000, 6, 0.3, aliases=True),
     Level(256, 1_000_000, 10, 0.125),
 )
 GLOBAL_LEVELS = (
@@ -72,9 +73,9 @@ class Refinement:
         """The finest level."""
         return self.solutions[-1]
 
-    def winning_path(self) -> tuple[tuple[float, ...], Float[Tensor, "iterations dof"], tuple[int, ...]]:
-        """Losses and configurations of the best start over all levels, and where each level begins."""
-        index, losses, path = int(self.last.linearization.loss.argmin()), [], []
+    def path_to(self, index: int) -> tuple[tuple[float, ...], Float[Tensor, "iterations dof"], tuple[int, ...]]:
+        """Losses and configurations on the way to a start of the finest level, and where each level begins."""
+        losses, path = [], []
         for level in reversed(range(len(self.solutions))):
             losses.insert(0, self.solutions[level].losses[:, index])
             path.insert(0, torch.stack([state.q[index] for state in self.solutions[level].path]))

@@ -1,7 +1,7 @@
 """What was seen: images, masks and cameras of one configuration, checked once, at any resolution."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -148,6 +148,23 @@ def image_shape(images: ImageLike) -> tuple[int, int, int]:
         )
     height, width = rgb.shape[-3:-1]
     return (1 if rgb.dim() == 3 else len(rgb)), height, width
+
+
+def given_camera(camera: Camera | None, K: Tensor | None, images: ImageLike, free: bool) -> Camera:
+    """The camera that a caller gave, or one that stands anywhere, with intrinsics K.
+
+    Raises:
+        InputError: there is neither a camera, nor K with a camera that is `free`.
+    """
+    if camera is not None:
+        return camera if K is None else replace(camera, K=K)
+    if K is None or not free:
+        raise InputError(
+            "camera is None; give the camera, or a first guess of it with optimize_camera=True, or K with "
+            "optimize_camera=True where nothing else is known"
+        )
+    views, height, width = image_shape(images)
+    return Camera(torch.as_tensor(K).float().expand(views, 3, 3), torch.eye(4).expand(views, 4, 4), width, height)
 
 
 def plain_background(rgb: Float[Tensor, "views height width 3"]) -> Float[Tensor, "3"] | None:

@@ -30,6 +30,7 @@ LEAST_INFLUENCE = 0.05
 HELD_SHARE = 0.5
 TURN_SHARE = 0.3
 SHARPENING = 3
+SHORT_RANGE = 1.0
 CHUNK = 256
 
 
@@ -38,8 +39,8 @@ class AliasMoves:
     """Moves ``q -> sign * q + offset`` that may leave the picture nearly as it is.
 
     Attributes:
-        sign: ``(moves, dof)`` of +1 and -1.
-        offset: ``(moves, dof)`` in [0, 2 pi) [rad].
+        sign: ``(moves, dof)`` of +1 and -1; 0 where a joint is set to a value.
+        offset: ``(moves, dof)`` [rad]/[m]; of turns in [0, 2 pi).
         lower: ``(dof,)`` the range into which full turns are taken out [rad]/[m].
         upper: ``(dof,)``.
     """
@@ -53,6 +54,8 @@ class AliasMoves:
     def of(cls, tree: KinematicTree, steps: int = 2) -> "AliasMoves":
         """Half turns of every hinge, and of every three successive hinges (q1 + pi, -q2, q3 + pi or q3).
 
+        Grippers, in whose few pixels least squares goes astray, are shut, half open and open: joints of a short range.
+
         Args:
             tree: the robot's kinematics.
             steps: into how many a turn of a single hinge is divided; flanges look alike at many angles.
@@ -61,10 +64,15 @@ class AliasMoves:
         rows = [({i}, set[int](), 2.0 * math.pi * step / steps) for i in hinges for step in range(1, steps)]
         for a, b, c in zip(hinges, hinges[1:], hinges[2:], strict=False):
             rows += [({a, c}, {b}, math.pi), ({a}, {b}, math.pi)]
+        turns = len(rows)
+        span = tree.q_upper - tree.q_lower
+        short = [i for i in range(tree.dof) if tree.q_limited[i] and span[i] < SHORT_RANGE]
+        rows += [({i}, set(), (tree.q_lower[i] + share * span[i]).item()) for i in short for share in (0.0, 0.5, 1.0)]
         sign, offset = torch.ones(len(rows), tree.dof), torch.zeros(len(rows), tree.dof)
         for row, (turned, mirrored, angle) in enumerate(rows):
             offset[row, list(turned)] = angle
             sign[row, list(mirrored)] = -1.0
+            sign[row, list(turned) if row >= turns else []] = 0.0
         return cls(sign, offset, *one_turn(tree))
 
     def apply(self, q: Float[Tensor, "n dof"], move: Integer[Tensor, " n"]) -> Float[Tensor, "n dof"]:

@@ -17,7 +17,7 @@ from kinesplat.inverse.calibration import Level
 from kinesplat.inverse.clip import Clip
 from kinesplat.inverse.levenberg_marquardt import Linearization, levenberg_marquardt
 from kinesplat.inverse.objective import Configurations, PhotometricObjective
-from kinesplat.inverse.observation import ImageLike, image_shape
+from kinesplat.inverse.observation import ImageLike, given_camera
 from kinesplat.inverse.reconstruct import reconstruct
 from kinesplat.inverse.result import FitResult, Hypothesis, covariance_of
 from kinesplat.inverse.search import AliasMoves, joint_scale
@@ -124,7 +124,7 @@ def start_tracker(
     start = next(rest, None)
     if start is None:
         raise InputError("the video has no frame")
-    given = _checked_camera(camera, K, start, optimize_camera)
+    given = _one_camera(camera, K, start, optimize_camera)
     clip = Clip.read(itertools.chain([start], rest), masks, backdrop, given, LONG_SIDE)
     if optimize_camera and clip.backdrop is not None:
         raise InputError("a moving camera needs masks or a plain background; this video has neither")
@@ -358,13 +358,8 @@ def predict(model: SelfModel, before: Sequence[TrackedFrame]) -> Float[Tensor, "
     return model.tree.clamp(last.q + VELOCITY_SHARE * (last.q - before[-2].q))
 
 
-def _checked_camera(camera: Camera | None, K: Tensor | None, first: ImageLike, free: bool) -> Camera:
-    if camera is not None:
-        if camera.batch_shape not in ((), (1,)):
-            raise InputError(f"camera is a batch {camera.batch_shape}; a video has one camera")
-        T = camera.T_cam_world.reshape(4, 4)
-        return Camera((camera.K.reshape(3, 3) if K is None else K).cpu(), T.cpu(), camera.width, camera.height)
-    if K is None or not free:
-        raise InputError("camera is None; give the camera, or K with optimize_camera=True where nothing else is known")
-    _, height, width = image_shape(first)
-    return Camera(torch.as_tensor(K).float().cpu(), torch.eye(4), width, height)
+def _one_camera(camera: Camera | None, K: Tensor | None, first: ImageLike, free: bool) -> Camera:
+    if camera is not None and camera.batch_shape not in ((), (1,)):
+        raise InputError(f"camera is a batch {camera.batch_shape}; a video has one camera")
+    given = given_camera(camera, K, first, free)
+    return replace(given, K=given.K.reshape(3, 3).cpu(), T_cam_world=given.T_cam_world.reshape(4, 4).cpu())

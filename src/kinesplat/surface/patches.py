@@ -29,6 +29,7 @@ THICKNESS = 0.05
 NORMAL_WEIGHT = 1.0
 """Distance between opposite normals in the metric of the partition, in patch radii."""
 LLOYD_ITERATIONS = 3
+FEW_DISTANCES, FEW_QUERIES = 1_000_000, 10_000
 START_CANDIDATES = 5
 NEIGHBOURS = 10
 LEAST_ALIKE = 0.5
@@ -89,16 +90,29 @@ def cut_into_patches(
     features = np.concatenate([positions, 0.5 * NORMAL_WEIGHT * radius * facing], axis=1)
     centres = _farthest_points(features, count, rng)
     for _ in range(LLOYD_ITERATIONS):
-        label = KDTree(centres).query(features, workers=-1)[1]
+        label = _nearest(centres, features)
         mass = np.bincount(label, minlength=count)
         sums = np.stack([np.bincount(label, column, minlength=count) for column in features.T], axis=-1)
         centres = np.where(mass[:, None] > 0, sums / np.maximum(mass, 1)[:, None], centres)
     number = min(NEIGHBOURS, count)
-    distance, patch = (np.reshape(a, (-1, number)) for a in KDTree(centres).query(features, k=number, workers=-1))
+    distance, patch = (np.reshape(a, (-1, number)) for a in _tree_query(centres, features, number))
     normal = centres[:, 3:] / np.maximum(np.linalg.norm(centres[:, 3:], axis=-1, keepdims=True), 1e-30)
     alike = np.einsum("mi,mki->mk", facing, normal[patch]) > LEAST_ALIKE
     member, rank = np.nonzero(((distance < REACH * radius) & alike) | (np.arange(number) == 0))
     return Partition(count, radius, patch[:, 0], member, patch[member, rank])
+
+
+def _nearest(centres: Float[np.ndarray, "count d"], features: Float[np.ndarray, "m d"]) -> Int[np.ndarray, " m"]:
+    """Index of the centre nearest to each feature; where there are few, all distances are faster than a tree."""
+    if len(centres) * len(features) > FEW_DISTANCES:
+        return _tree_query(centres, features, 1)[1]
+    return (np.einsum("cd,cd->c", centres, centres) - 2.0 * (features @ centres.T)).argmin(axis=1)
+
+
+def _tree_query(points: np.ndarray, at: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distances and indices of the `k` nearest points; threads cost more than they save where there are few."""
+    distances, indices = KDTree(points).query(at, k=k, workers=-1 if len(at) > FEW_QUERIES else 1)
+    return np.asarray(distances), np.asarray(indices)
 
 
 def _farthest_points(
@@ -171,7 +185,7 @@ def patches_to_parameters(members: Members, partition: Partition) -> Parameters:
 def _thickness(means: Float[np.ndarray, "n 3"], normals: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, " n"]:
     """Distance down to a patch nearby that faces the other way, infinite where there is none [m]."""
     number = min(2 * NEIGHBOURS, len(means))
-    near = np.reshape(KDTree(means).query(means, k=number, workers=-1)[1], (-1, number))
+    near = np.reshape(_tree_query(means, means, number)[1], (-1, number))
     opposite = np.einsum("ni,nki->nk", normals, normals[near]) < -0.5
     depth = np.einsum("ni,nki->nk", normals, means[:, None] - means[near])
     return np.where(opposite, np.maximum(depth, 0.0), np.inf).min(axis=1)

@@ -19,7 +19,9 @@ from kinesplat.appearance.field import AppearanceField
 from kinesplat.camera import Camera
 from kinesplat.dataset.container import Dataset
 from kinesplat.dataset.generate import write_dataset
+from kinesplat.dataset.lights import WORLD_LIGHT
 from kinesplat.dataset.plan import Plan
+from kinesplat.description import load_description
 from kinesplat.errors import InputError
 from kinesplat.evaluation.baselines import nearest_images, nearest_inputs, random_images, without_appearance
 from kinesplat.evaluation.figure import TITLE_PX, figure
@@ -29,8 +31,10 @@ from kinesplat.evaluation.table import Evaluation, evaluate
 from kinesplat.rasterizer import Render
 from kinesplat.self_model import SelfModel
 from kinesplat.skinning import SkinningField
+from kinesplat.training.default import DefaultSettings, prepared
 
 SIZE = 48
+LIGHT = torch.tensor(WORLD_LIGHT)
 PLAN = Plan(
     robot="kinearm",
     configurations=12,
@@ -291,3 +295,23 @@ def test_command_line_writes_all_three_files(
     assert (out / "evaluation.json").read_text() == (tmp_path / "x.json").read_text()
     assert "| kinearm |" in capsys.readouterr().out
     assert np.isfinite([row["psnr_db"] for row in json.loads((tmp_path / "x.json").read_text())["rows"]]).all()
+
+
+def test_models_are_shown_under_the_lights_of_the_pictures(model: SelfModel, tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "lights", replace(PLAN, configurations=1, views=1, light="random"))
+    world = prepared(SelfModel.from_description(load_description("kinearm"), n=1500), DefaultSettings(), LIGHT)
+    under, fixed = evaluate({"under": world}, data, baselines=False).rows[0].psnr_db, table_without_lights(world, data)
+    assert under > fixed + 1.0
+    headlight = evaluate({"headlight": model}, data, baselines=False)  # cannot be relit, and is shown as it is
+    assert headlight.rows[0].psnr_db < under
+
+
+def table_without_lights(model: SelfModel, data: Dataset) -> float:
+    """The PSNR of a model that keeps its own light."""
+
+    @dataclass
+    class Fixed:
+        def render(self, q: Tensor, camera: Camera) -> Render:
+            return model.render(q, camera)
+
+    return evaluate({"fixed": Fixed()}, data, baselines=False).rows[0].psnr_db

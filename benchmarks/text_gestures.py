@@ -1,6 +1,7 @@
 """Words to gestures of the Shadow Hand: `python benchmarks/text_gestures.py --output text_gestures`.
 
-A small CLIP (the classes of transformers) learns six gestures from random views of the hand; `text_to_q` then finds
+A small CLIP (the classes of transformers) learns six gestures, and sentences about single fingers, from random views
+of the hand, among them views of what it is itself led to while it learns; `text_to_q` then finds
 each gesture from its name, from random starts, and a classifier of another architecture, trained on other pictures,
 says what the answers show. Nothing is downloaded. Writes the trained encoder, text_gestures.json and answers.png into
 the output folder; a killed run goes on where it stopped.
@@ -31,13 +32,19 @@ SPLATS = 3_000
 CENTRE = (0.34, 0.0, 0.0)
 NAMES = ("a fist", "an open hand", "a pointing finger", "a victory sign", "thumbs up", "an OK sign")
 NO_GESTURE = "a hand"
-FINGERS = ("FF", "MF", "RF", "LF")
+FINGERS = {"FF": "index finger", "MF": "middle finger", "RF": "ring finger", "LF": "little finger"}
+BENT = {"straight": 0.0, "half bent": 0.45, "rolled in": 0.9}
+THUMB = {"sticks out": 4, "is spread": 1, "is folded in": 0, "meets the index finger": 5}
 SIGMA = 0.12
 NOTHING_AT = 0.25
 SLOPES = (1.0, 6.0)
 THRESHOLD = 0.16
 GREY_ZONE = 0.05
-VARIED = Augmentation(copies=1, crop=0.85)
+SHEET = 5
+CLIMBERS, CLIMB_STEPS = 24, 18
+CLIMB_FROM, CLIMB_EVERY = 200, 25
+KEPT = 1_500
+VARIED = Augmentation(copies=1, crop=0.85, backdrop=0.25)
 
 
 def gestures(tree: ks.KinematicTree) -> Tensor:
@@ -137,7 +144,7 @@ def cameras(count: int, generator: torch.Generator, px: int = PX, spread: bool =
     """Views of the palm and its sides, fingers up; `spread` takes one from each of `count` sectors."""
     place = torch.rand(count, generator=generator)
     place = (torch.arange(count) + place) / count if spread else place
-    azimuth = math.radians(110.0) * (2.0 * place - 1.0)
+    azimuth = math.radians(80.0) * (2.0 * place - 1.0)
     rise = 0.8 * torch.rand(count, generator=generator) - 0.4
     flat = rise.cos()
     direction = torch.stack([rise.sin(), flat * azimuth.sin(), flat * azimuth.cos()], dim=-1)
@@ -148,7 +155,9 @@ def cameras(count: int, generator: torch.Generator, px: int = PX, spread: bool =
 
 def sentences() -> list[str]:
     """Everything that the encoder reads in training."""
-    return [template.format(name) for name in (*NAMES, NO_GESTURE) for template in TEMPLATES]
+    fingers = [f"the {words} is {state}" for words in FINGERS.values() for state in BENT]
+    thumb = [f"the thumb {state}" for state in THUMB]
+    return [*(t.format(name) for name in (*NAMES, NO_GESTURE) for t in TEMPLATES), *fingers, *thumb]
 
 
 def fresh_encoder(folder: Path) -> ClipEncoder:
@@ -168,24 +177,47 @@ def fresh_encoder(folder: Path) -> ClipEncoder:
     return ClipEncoder.load(folder)
 
 
+def finger_captions(world: World, q: Tensor) -> list[tuple[list[str], Tensor]]:
+    """Groups of sentences about single fingers, and how well each fits every configuration (logits ``(n, m)``)."""
+    names, (lower, upper) = world.model.tree.joint_names, world.limits
+    groups = []
+    for finger, words in FINGERS.items():
+        curl = torch.stack([q[:, names.index(f"rh_{finger}{j}")] for j in ("J3", "J2", "J1")]).mean(dim=0) / 1.571
+        away = (curl[:, None] - torch.tensor(list(BENT.values()))) / 0.15
+        groups.append(([f"the {words} is {state}" for state in BENT], -0.5 * away.square()))
+    thumb = [names.index(f"rh_THJ{j}") for j in (5, 4, 2, 1)]
+    away = (q[:, None, thumb] - world.q[list(THUMB.values())][:, thumb]) / (0.2 * (upper - lower)[thumb])
+    groups.append(([f"the thumb {state}" for state in THUMB], -0.5 * away.square().mean(dim=-1)))
+    return groups
+
+
 def contrastive_loss(world: World, encoder: ClipEncoder, q: Tensor, pictures: Tensor, template: str) -> Tensor:
     """CLIP's two cross entropies, with soft targets that fall off with the squared distance to a gesture.
 
-    Both are taken at two temperatures, so that far configurations have a slope as well.
+    Both are taken at two temperatures, so that far configurations have a slope as well. Captions of single fingers
+    teach the same embedding.
     """
+    captions = finger_captions(world, q)
+    own = [sentence for sentences, _ in captions for sentence in sentences]
     wanted = torch.cat([-(world.distances(q) / SIGMA).square() / 2.0, torch.full((len(q), 1), nothing())], dim=1)
-    tokens = encoder.tokenizer(
-        [template.format(name) for name in (*NAMES, NO_GESTURE)], padding=True, return_tensors="pt"
-    )
+    sentences = [template.format(name) for name in (*NAMES, NO_GESTURE)] + own
+    tokens = encoder.tokenizer(sentences, padding=True, return_tensors="pt")
     words = F.normalize(encoder.network.get_text_features(**tokens).pooler_output, dim=-1)
     logits = encoder.network.logit_scale.exp() * encoder.embed_images(pictures) @ words.mT
-    loss = torch.zeros(())
+    loss, first = torch.zeros(()), len(NAMES) + 1
     for slope in SLOPES:
-        for dim, columns in ((1, 7), (0, 6)):  # which sentence; which picture, of every gesture
-            target = (wanted[:, :columns] / slope).log_softmax(dim=dim)
-            said = (logits[:, :columns] / slope).log_softmax(dim=dim)
-            loss = loss + (target.exp() * (target - said)).sum() / target.shape[1 - dim]
+        for dim, columns in ((1, len(NAMES) + 1), (0, len(NAMES))):  # which sentence; which picture, of every gesture
+            loss = loss + divergence(wanted[:, :columns] / slope, logits[:, :columns] / slope, dim)
+    for sentences, fits in captions:
+        loss = loss + divergence(fits, logits[:, first : first + len(sentences)], 1)
+        first += len(sentences)
     return loss
+
+
+def divergence(wanted: Tensor, logits: Tensor, dim: int) -> Tensor:
+    """Kullback-Leibler divergence of two softmaxes along `dim`, averaged over the other axis."""
+    target, said = wanted.log_softmax(dim=dim), logits.log_softmax(dim=dim)
+    return (target.exp() * (target - said)).sum(dim=dim).mean()
 
 
 def nothing() -> float:
@@ -193,9 +225,28 @@ def nothing() -> float:
     return -0.5 * (NOTHING_AT / SIGMA) ** 2
 
 
+def climbed(world: World, encoder: ClipEncoder, generator: torch.Generator) -> Tensor:
+    """Configurations ``(n, dof)`` that the encoder, as it is now, is led to: it must learn what they really show."""
+    names = torch.randint(len(NAMES), (CLIMBERS,), generator=generator)
+    with torch.no_grad():
+        words = encoder.embed_text(NAMES)[names]
+    units, path = world.random(CLIMBERS, generator).requires_grad_(True), []
+    optimizer = torch.optim.Adam([units], lr=0.08)
+    for step in range(CLIMB_STEPS):
+        pictures = world.pictures(units, cameras(CLIMBERS, generator), generator, VARIED)
+        loss = -(encoder.embed_images(pictures) * words).sum()
+        (units.grad,) = torch.autograd.grad(loss, units)
+        optimizer.step()
+        with torch.no_grad():
+            units.copy_(world.model.tree.clamp(units))
+        if step >= CLIMB_STEPS // 2 and step % 3 == 0:
+            path.append(units.detach().clone())
+    return torch.cat(path)
+
+
 def train(
     network: torch.nn.Module,
-    loss_of: Callable[[torch.Generator], Tensor],
+    loss_of: Callable[[torch.Generator, int], Tensor],
     steps: int,
     rate: float,
     path: Path,
@@ -215,7 +266,7 @@ def train(
         optimizer.param_groups[0]["lr"] = (
             rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
         )
-        loss = loss_of(generator)
+        loss = loss_of(generator, step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -239,8 +290,16 @@ def trained_encoder(world: World, folder: Path, steps: int, batch: int) -> ClipE
     encoder = fresh_encoder(folder / "untrained")
     encoder.network.requires_grad_(True).train()
 
-    def loss_of(generator: torch.Generator) -> Tensor:
+    store = torch.zeros(0, world.model.tree.dof)
+
+    def loss_of(generator: torch.Generator, step: int) -> Tensor:
+        nonlocal store
+        if step >= CLIMB_FROM and (step % CLIMB_EVERY == 0 or not len(store)):
+            store = torch.cat([store, climbed(world, encoder, generator)])[-KEPT:]
         q = torch.cat([world.between(batch - batch // 6, generator), world.random(batch // 6, generator)])
+        if len(store):
+            count = batch // 3
+            q[:count] = store[torch.randint(len(store), (count,), generator=generator)]
         template = TEMPLATES[int(torch.randint(len(TEMPLATES), (1,), generator=generator))]
         pictures = world.pictures(q, cameras(batch, generator), generator, VARIED)
         return contrastive_loss(world, encoder, q, pictures, template)
@@ -272,7 +331,7 @@ def trained_classifier(world: World, folder: Path, steps: int, batch: int) -> to
     torch.manual_seed(77)
     network, varied = classifier(), Augmentation(copies=1, crop=0.9, turn=0.05, colour=0.08)
 
-    def loss_of(generator: torch.Generator) -> Tensor:
+    def loss_of(generator: torch.Generator, step: int) -> Tensor:
         which = torch.randint(6, (batch,), generator=generator)
         lower, upper = world.limits
         noise = (upper - lower) * torch.randn(batch, len(lower), generator=generator)
@@ -338,13 +397,14 @@ def run(
 def sheet(world: World, rows: list[dict], path: Path) -> None:
     """One row per gesture: the gesture itself, then pairs of start and answer."""
     view = ks.Camera.look_at((0.36, -0.16, 0.34), (0.33, 0.0, 0.0), 0.785, 128, 128, up=(1.0, 0.0, 0.0))
-    lines = []
+    lines, most = [], min(SHEET, max(Counter(row["gesture"] for row in rows).values()))
     for gesture, name in enumerate(NAMES):
-        own = [row for row in rows if row["gesture"] == name][:5]
+        own = [row for row in rows if row["gesture"] == name][:most]
         q = [world.q[gesture], *(torch.tensor(row[key]) for row in own for key in ("q_start", "q"))]
         pictures = world.model.render(torch.stack(q), view).rgb
         assert pictures is not None
-        lines.append(torch.cat(list(pictures), dim=1))
+        missing = torch.ones(2 * (most - len(own)), *pictures.shape[1:])
+        lines.append(torch.cat([*pictures, *missing], dim=1))
     write_png(path, torch.cat(lines))
 
 
@@ -407,19 +467,19 @@ def main() -> None:
     judge = trained_classifier(world, options.output, options.judge_steps, options.batch)
     held = held_out(world, encoder, judge)
     print(held, flush=True)
-    rows, path = [], options.output / f"{options.name}.json"
-    for trial in range(options.trials):
-        for gesture in range(len(NAMES)):
-            rows.append(run(world, encoder, judge, gesture, trial, options))
-            row = rows[-1]
-            print(
-                f"{row['gesture']:>18} -> {row['classified_as']:<18} {row['start_joint_error_rad']:.2f} -> "
-                f"{row['joint_error_rad']:.2f} rad, cosine {row['cosine']:.3f}, {row['seconds']:.0f} s",
-                flush=True,
-            )
-            with written_whole(path) as temporary:
-                said = {**held, **summary(rows), "options": {k: str(v) for k, v in vars(options).items()}, "rows": rows}
-                temporary.write_text(json.dumps(said, indent=1) + "\n")
+    path, said = options.output / f"{options.name}.json", {k: str(v) for k, v in vars(options).items()}
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    rows = earlier["rows"] if earlier.get("options") == said else []
+    for number in range(len(rows), options.trials * len(NAMES)):
+        rows.append(run(world, encoder, judge, number % len(NAMES), number // len(NAMES), options))
+        row = rows[-1]
+        print(
+            f"{row['gesture']:>18} -> {row['classified_as']:<18} {row['start_joint_error_rad']:.2f} -> "
+            f"{row['joint_error_rad']:.2f} rad, cosine {row['cosine']:.3f}, {row['seconds']:.0f} s",
+            flush=True,
+        )
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps({**held, **summary(rows), "options": said, "rows": rows}, indent=1) + "\n")
         sheet(world, rows, options.output / f"{options.name}.png")
     print(json.dumps(summary(rows), indent=1))
 

@@ -28,11 +28,11 @@ LEVELS = [
     ["appearance", "surface", "skinning", "model_file", "vision"],
     ["self_model", "dataset"],
     ["inverse", "training"],
-    ["evaluation"],
+    ["evaluation", "imagination"],
     ["zoo", "demo", "benchmark", "report", "commands", "cli"],
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-HEAVY = {"viser", "gsplat", "transformers", "diffusers", "ray", "mujoco_warp", "warp"}
+HEAVY = {"viser", "gsplat", "transformers", "diffusers", "ray", "accelerate", "peft", "pyarrow", "mujoco_warp", "warp"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kinesplat.camera import Camera
     from kinesplat.description import Robot, load_description
     from kinesplat.gaussians import Gaussians, Parameters
+    from kinesplat.imagination.imagine import Imagination, imagine
     from kinesplat.inverse import (
         CalibrationResult,
         FitResult,
@@ -32,6 +33,7 @@ __all__ = [
     "Camera",
     "FitResult",
     "Gaussians",
+    "Imagination",
     "KinematicTree",
     "Parameters",
     "Render",
@@ -41,6 +43,7 @@ __all__ = [
     "TrackResult",
     "calibrate",
     "errors",
+    "imagine",
     "load_description",
     "rasterize",
     "rasterize_links",
@@ -56,6 +59,7 @@ _HOME = {
     "Camera": "camera",
     "FitResult": "inverse",
     "Gaussians": "gaussians",
+    "Imagination": "imagination.imagine",
     "KinematicTree": "kinematics",
     "Parameters": "gaussians",
     "Render": "rasterizer",
@@ -64,6 +68,7 @@ _HOME = {
     "TextResult": "inverse",
     "TrackResult": "inverse",
     "calibrate": "inverse",
+    "imagine": "imagination.imagine",
     "train": "training.recipes",
     "load_description": "description",
     "rasterize": "rasterizer",

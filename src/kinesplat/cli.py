@@ -14,6 +14,7 @@ from kinesplat.commands.common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, err
 from kinesplat.commands.dataset import dataset
 from kinesplat.commands.evaluate import evaluate
 from kinesplat.commands.evaluate_pose import evaluate_pose
+from kinesplat.commands.imagine import finetune_video, imagine
 from kinesplat.commands.initializer import initializer
 from kinesplat.commands.reconstruct import reconstruct
 from kinesplat.commands.render import render
@@ -39,6 +40,8 @@ COMMANDS = (
     calibrate,
     track,
     text,
+    imagine,
+    finetune_video,
     benchmark,
 )
 

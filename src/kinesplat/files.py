@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and pictures."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,32 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_whole(path: str | Path) -> Iterator[Path]:
+    """Temporary folder beside `path` that replaces it when the block ends well and vanishes when it does not.
+
+    Raises:
+        InputError: it cannot be written, or `path` is a file.
+    """
+    path = Path(path)
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    old = temporary / "old"
+    new = temporary / "new"
+    try:
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.replace(old)
+        new.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_image(path: str | Path) -> Float[Tensor, "height width 3"]:

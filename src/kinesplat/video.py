@@ -56,6 +56,29 @@ def frame_rate(path: Path) -> float:
         return float(container.streams.video[0].average_rate or DEFAULT_RATE)
 
 
+def read_clip(path: Path, start: float, count: int) -> UInt8[Tensor, "frames height width 3"]:
+    """`count` frames of a video file from `start` [s] on.
+
+    Raises:
+        InputError: it is missing, no video, or ends before.
+        BackendError: PyAV is not installed.
+    """
+    frames: list[Tensor] = []
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        half = 0.5 / float(stream.average_rate or DEFAULT_RATE)
+        try:
+            container.seek(int(max(start - half, 0.0) / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                if frame.time is not None and frame.time >= start - half:
+                    frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+                if len(frames) == count:
+                    return torch.stack(frames)
+        except _pyav().error.FFmpegError as error:
+            raise InputError(f"{path}: broken video ({error.strerror})") from error
+    raise InputError(f"{path}: has {len(frames)} frames from {start:g} s on, expected {count}")
+
+
 def write_video(path: Path, frames: Iterable[Float[Tensor, "height width 3"]], rate: float) -> Path:
     """Write an MP4 (H.264) or, by its ending, a GIF; whole or not at all.
 

@@ -1,0 +1,317 @@
+"""From a sentence to motion on our own tabletop: `python benchmarks/tabletop.py OUT`.
+
+Four stages, each of which goes on where it was stopped; name some to run them alone.
+
+episodes     300 scripted episodes ("reach the red block"), executed and rendered by MuJoCo (kinesplat[render,models])
+autoencoder  a small video model of Stable Video Diffusion's classes; its autoencoder is trained here
+train        the video model itself, by `kinesplat.vision.finetuning`, all weights
+evaluate     12 scenes that no episode showed: joints from the generated video, from the true video, from the video that
+             the autoencoder makes of the true one, and random ones, all executed; results.json and films
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kinesplat as ks
+from kinesplat.files import written_whole
+from kinesplat.imagination.execution import check_trajectory, execute, executing
+from kinesplat.imagination.following import follow
+from kinesplat.imagination.joints import joints_of
+from kinesplat.imagination.lerobot import Episode, read_episodes, write_episodes
+from kinesplat.imagination.tabletop import COLOURS, Q_START, Scene, Tabletop, TabletopPictures, instruction
+from kinesplat.video import write_video
+from kinesplat.vision.finetuning import FinetuneSettings, finetune
+from kinesplat.vision.video_diffusion import Sampling, TextSteeredVideo
+
+SIZE, FRAMES, SECONDS = 48, 10, 2.0
+EPISODES, SCENES, SCENE_SEED = 300, 12, 100_000
+SAMPLING = Sampling(frames=FRAMES, steps=20, guidance=1.0, fps=5, noise=0.0, decoded_at_once=1)
+STAGES = ("episodes", "autoencoder", "train", "evaluate")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--autoencoder-steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--minutes", type=float, help="of a training stage; then stop, and go on with the next call")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES:
+        if stage in arguments.stages:
+            globals()[stage](arguments)
+
+
+def episodes(arguments: argparse.Namespace) -> None:
+    """300 episodes: random scenes, colours in turn."""
+    folder = arguments.out / "episodes"
+    if folder.is_dir():
+        return
+    world = Tabletop()
+    pictures = TabletopPictures(world, SIZE)
+
+    def made() -> Iterator[Episode]:
+        for index in range(EPISODES):
+            scene = Scene.random(torch.Generator().manual_seed(1_000_000 * arguments.seed + index))
+            frames, q, _ = true_video(world, pictures, scene, colour_of(index))
+            yield Episode((255.0 * frames).round().to(torch.uint8), instruction(colour_of(index)), q.float(), rate())
+
+    print(f"{write_episodes(folder, made(), 'kinearm')} episodes in {folder}", flush=True)
+
+
+def autoencoder(arguments: argparse.Namespace) -> None:
+    """Train the autoencoder on single frames, then write the untrained video model around it."""
+    folder, path = arguments.out / "start", arguments.out / "autoencoder.pt"
+    if folder.is_dir():
+        return
+    torch.manual_seed(arguments.seed)
+    model = small_model()
+    frames = torch.cat([episode.frames for episode in read_episodes(arguments.out / "episodes")])
+    odd = (frames.float() - frames.float().mean(dim=0)).abs().mean(dim=-1) / 255.0
+    optimizer = torch.optim.AdamW(model.vae.parameters(), lr=2e-3, weight_decay=0.0)
+    done, began = 0, time.perf_counter()
+    if path.is_file():
+        state = torch.load(path, weights_only=True)
+        model.vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = state["step"]
+    for step in range(done, arguments.autoencoder_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 30, 2.0 * (1.02 - step / arguments.autoencoder_steps))
+        generator = torch.Generator().manual_seed(step)
+        rows = torch.randint(len(frames), (8,), generator=generator)
+        batch = 2.0 * frames[rows].movedim(-1, 1).float() / 255.0 - 1.0
+        code = model.vae.encode(batch).latent_dist
+        off = (model.vae.decode(code.sample(generator), num_frames=1).sample - batch).abs()
+        weight = 1.0 + 10.0 * odd[rows, None]
+        loss = ((off + off.square()) * weight).mean() + 1e-4 * code.kl().mean() / code.mean[0].numel()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.vae.parameters(), 1.0)
+        optimizer.step()
+        late = arguments.minutes is not None and time.perf_counter() - began > 60.0 * arguments.minutes
+        if (step + 1) % 50 == 0 or late or step + 1 == arguments.autoencoder_steps:
+            seconds = time.perf_counter() - began
+            print(f"autoencoder {step + 1}: {0.5 * off.mean():.4f} off a pixel, {seconds:.0f} s", flush=True)
+            state = {"step": step + 1, "vae": model.vae.state_dict(), "optimizer": optimizer.state_dict()}
+            with written_whole(path) as temporary:
+                torch.save(state, temporary)
+        if late and step + 1 < arguments.autoencoder_steps:
+            raise SystemExit("stopped; run again to go on")
+    with torch.no_grad():
+        codes = torch.cat([model.encode(part.float() / 255.0) for part in frames[::10].split(32)])
+    model.vae.register_to_config(scaling_factor=1.0 / codes.std().item())
+    model.save_pretrained(folder)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train the video model on all episodes."""
+    if (arguments.out / "model" / "unet").is_dir():
+        return
+    model = TextSteeredVideo.from_pretrained(arguments.out / "start", sampling=SAMPLING)
+    clips = [episode.clip(FRAMES, SIZE, SIZE) for episode in read_episodes(arguments.out / "episodes")]
+    settings = FinetuneSettings(
+        steps=arguments.steps,
+        batch=8,
+        learning_rate=1e-3,
+        lora_rank=None,
+        dropout=0.05,
+        log_sigma=(0.7, 1.6),
+        ema=0.998,
+        save_every=50,
+        minutes=arguments.minutes,
+    )
+    finetune(model, clips, arguments.out / "model", settings, seed=arguments.seed, resume=True)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Success on scenes that no episode showed; finished scenes stand in evaluation.jsonl and are not done again."""
+    films, done = arguments.out / "films", arguments.out / "evaluation.jsonl"
+    films.mkdir(exist_ok=True)
+    rows = [json.loads(line) for line in done.read_text().splitlines()] if done.is_file() else []
+    model = TextSteeredVideo.from_pretrained(arguments.out / "model", sampling=SAMPLING)
+    arm, world = ks.zoo.load("kinearm"), Tabletop()
+    pictures = TabletopPictures(world, SIZE)
+    for index in range(len(rows), SCENES):
+        colour = colour_of(index)
+        scene = Scene.random(torch.Generator().manual_seed(SCENE_SEED + index))
+        true, q, scripted = true_video(world, pictures, scene, colour)
+        made = model.generate(true[0], instruction(colour), seed=index)
+        videos = {"generated": made, "true": true, "autoencoded": coded(model, true)}
+        row: dict[str, Any] = {"scene": index, "colour": colour, "scripted_policy_reached": scripted}
+        shown = [true]
+        for name, video in videos.items():
+            frames = torch.cat([true[:1], video[1:]])
+            found = follow(arm, frames, pictures.camera, q[0], seed=index)
+            row[name] = {**outcome(world, scene, colour, found.q), "seconds": found.seconds}
+            row[name]["joint_error_rad"] = (found.q - q).abs()[:, :6].mean().item()
+            background = torch.ones(3)
+            drawn = arm.render(found.q, pictures.camera, background).rgb
+            assert drawn is not None
+            shown += [frames, drawn] if name == "generated" else [drawn] if name == "true" else []
+        row["random"] = outcome(world, scene, colour, random_motion(world, q[0], index))
+        write_video(films / f"{index:02}_{colour}.gif", film(shown), 5.0)
+        with done.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        rows.append(row)
+        print(
+            index,
+            colour,
+            {k: (v["reached"], round(v["off_mm"])) for k, v in row.items() if type(v) is dict},
+            flush=True,
+        )
+    names = [name for name, value in rows[0].items() if isinstance(value, dict)]
+    table = {name: summary([row[name] for row in rows]) for name in names}
+    result = {"scenes": rows, "summary": table, "trained": last_line(arguments.out / "model" / "log.csv")}
+    with written_whole(arguments.out / "results.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    print("| joints from | reached | nearest to the asked block | off, median [mm] | joints off, mean [rad] |")
+    print("|---|---|---|---|---|")
+    for name, numbers in table.items():
+        off = numbers.get("joint_error_rad")
+        print(
+            f"| {name} | {numbers['reached']} of {len(rows)} | {numbers['nearest']} of {len(rows)} | "
+            f"{numbers['off_median_mm']:.0f} | {'-' if off is None else f'{off:.3f}'} |"
+        )
+
+
+def outcome(world: Tabletop, scene: Scene, colour: str, q: Tensor) -> dict[str, Any]:
+    """What becomes of a motion in MuJoCo."""
+    seconds, state = SECONDS / (len(q) - 1), world.data(scene)
+    check = check_trajectory(world.robot, q, seconds, state)
+    execution = execute(world.robot, q, seconds, state)
+    away = {name: 1000.0 * float((world.tip(state) - world.goal(scene, name)).norm()) for name in scene.blocks}
+    return {
+        "reached": world.reached(state, scene, colour),
+        "nearest": min(away, key=lambda name: away[name]) == colour,
+        "off_mm": away[colour],
+        "check": check.to_json(),
+        "contacts": [list(contact) for contact in execution.contacts],
+    }
+
+
+def random_motion(world: Tabletop, q: Tensor, seed: int) -> Tensor:
+    """From the start to random joints: as far away, joint by joint, as scripted motions go, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    span = torch.tensor([0.55, 0.9, 0.6, 0.0, 0.7, 0.0, 0.0])
+    end = world.robot.tree.clamp(q + span * (2.0 * torch.rand(len(Q_START), generator=generator) - 1.0))
+    return q + torch.linspace(0.0, 1.0, FRAMES)[:, None] * (end - q)
+
+
+@torch.no_grad()
+def coded(model: TextSteeredVideo, video: Tensor) -> Tensor:
+    """What the autoencoder makes of a video: what the generated one could be at best."""
+    pixels = model.vae.decode(model.encode(video), num_frames=1).sample
+    return (0.5 * pixels + 0.5).clamp(0.0, 1.0).movedim(1, -1)
+
+
+def film(videos: list[Tensor]) -> list[Tensor]:
+    """Side by side, enlarged: the true video, the generated one, the robot found in it, the robot in the true one."""
+    wide = torch.cat(videos, dim=2).movedim(-1, 1)
+    return list(torch.nn.functional.interpolate(wide, scale_factor=4.0).movedim(1, -1))
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    numbers = {name: sum(row[name] for row in rows) for name in ("reached", "nearest")}
+    numbers["off_median_mm"] = torch.tensor([row["off_mm"] for row in rows]).median().item()
+    if "joint_error_rad" in rows[0]:
+        numbers["joint_error_rad"] = sum(row["joint_error_rad"] for row in rows) / len(rows)
+    return numbers
+
+
+def last_line(path: Path) -> dict[str, str]:
+    names, *_, values = path.read_text().splitlines()
+    return dict(zip(names.split(","), values.split(","), strict=True))
+
+
+def small_model() -> TextSteeredVideo:
+    """Untrained; the classes of Stable Video Diffusion, three million weights, letters for tokens."""
+    import diffusers
+    import transformers
+
+    tokens = ["<|startoftext|>", "<|endoftext|>"]
+    letters = sorted(set("".join(map(instruction, COLOURS))) - {" "})
+    vocabulary = {token: i for i, token in enumerate([*tokens, *letters, *(letter + "</w>" for letter in letters)])}
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        initializer_factor=2.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return TextSteeredVideo(
+        unet=diffusers.UNetSpatioTemporalConditionModel(
+            sample_size=SIZE // 4,
+            in_channels=16,
+            out_channels=8,
+            down_block_types=("DownBlockSpatioTemporal", *["CrossAttnDownBlockSpatioTemporal"] * 2),
+            up_block_types=(*["CrossAttnUpBlockSpatioTemporal"] * 2, "UpBlockSpatioTemporal"),
+            block_out_channels=(32, 64, 64),
+            addition_time_embed_dim=16,
+            projection_class_embeddings_input_dim=48,
+            layers_per_block=1,
+            cross_attention_dim=32,
+            num_attention_heads=4,
+            num_frames=FRAMES,
+        ),
+        vae=diffusers.AutoencoderKLTemporalDecoder(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            block_out_channels=(32, 32, 64),
+            layers_per_block=1,
+            latent_channels=8,
+            sample_size=SIZE,
+            force_upcast=False,
+        ),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            prediction_type="v_prediction",
+            timestep_type="continuous",
+            timestep_spacing="leading",
+            use_karras_sigmas=True,
+            sigma_min=0.01,
+            sigma_max=80.0,
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+        ),
+        text_encoder=transformers.CLIPTextModelWithProjection(text).eval(),
+        tokenizer=transformers.CLIPTokenizer(vocab=vocabulary, merges=[]),
+        sampling=SAMPLING,
+    )
+
+
+def true_video(world: Tabletop, pictures: TabletopPictures, scene: Scene, colour: str) -> tuple[Tensor, Tensor, bool]:
+    """Frames and joints of the scripted policy, executed, and whether it reached the block."""
+    plan, state = world.reaching(scene, colour), world.data(scene)
+    wanted, frames, q = torch.linspace(0, len(plan) - 1, FRAMES).round().long().tolist(), [], []
+    for step in executing(world.robot, plan, SECONDS / (len(plan) - 1), state):
+        if step in wanted:
+            frames.append(pictures.picture(state))
+            q.append(joints_of(world.robot, state))
+    return torch.stack(frames), torch.stack(q), world.reached(state, scene, colour)
+
+
+def colour_of(index: int) -> str:
+    return list(COLOURS)[index % len(COLOURS)]
+
+
+def rate() -> float:
+    return (FRAMES - 1) / SECONDS
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""From a picture and a sentence to motion: imagine, finetune_video."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import mujoco
+import torch
+import tyro
+
+from kinesplat.camera import Camera
+from kinesplat.commands.common import (
+    DEFAULTS,
+    EXIT_FAILED,
+    CommonOptions,
+    Model,
+    Output,
+    device_of,
+    err,
+    load_model,
+    make_folder,
+    out,
+    write_json,
+)
+from kinesplat.commands.track import overlays, write_table
+from kinesplat.description import Robot, load_description
+from kinesplat.errors import InputError
+from kinesplat.files import read_image
+from kinesplat.imagination.imagine import imagine as imagine_motion
+from kinesplat.imagination.joints import place
+from kinesplat.imagination.lerobot import read_episodes
+from kinesplat.video import read_frames, write_video
+from kinesplat.vision.finetuning import FinetuneSettings, finetune
+from kinesplat.vision.video_diffusion import SVD_XT, Sampling, TextSteeredVideo, load_video_model
+
+
+@dataclass(frozen=True)
+class Maker:
+    """The video model of `imagine`."""
+
+    video_model: str = SVD_XT
+    """Folder made by kinesplat finetune-video; or a folder or name on the Hugging Face hub of an image-to-video
+    pipeline of diffusers, such as Wan-AI/Wan2.2-TI2V-5B-Diffusers."""
+    text_encoder: str | None = None
+    """CLIP text model of Stable Video Diffusion where the folder has none; default: OpenCLIP ViT-H/14."""
+    frames: int | None = None
+    """How many to generate; default: as many as the model was made for."""
+    steps: int = 25
+    """Of the sampler."""
+    guidance: float = 3.0
+    """Strength of classifier-free guidance."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where the motion of `imagine` is checked and executed."""
+
+    robot: str | None = None
+    """Description of the robot as in kinesplat build; then limits, speeds and collisions are checked."""
+    scene: Path | None = None
+    """MJCF file of the robot in its scene with position actuators; then the motion is executed in MuJoCo."""
+    fps: float = 7.0
+    """Frames per second of the motion."""
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The clips of `finetune_video`."""
+
+    camera: str | None = None
+    """Which pictures, where the data set has several cameras."""
+    frames: int = 25
+    """Of every clip, chosen evenly from the episode."""
+    height: int = 320
+    """Of the clips [px], a multiple of 64."""
+    width: int = 512
+    """Of the clips [px], a multiple of 64."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How `finetune_video` trains."""
+
+    steps: int = 10_000
+    """Optimiser steps."""
+    batch: int = 1
+    """Clips a step and GPU."""
+    accumulation: int = 1
+    """Steps whose gradients are added up."""
+    learning_rate: float = 1e-4
+    """Of AdamW."""
+    train: Literal["lora", "all"] = "lora"
+    """lora changes low-rank parts of the attention layers; all changes every weight."""
+    rank: int = 16
+    """Of the LoRA."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Of the computation."""
+    minutes: float | None = None
+    """Stop after this time, to go on with --resume."""
+
+
+MakerOptions = Annotated[Maker, tyro.conf.OmitArgPrefixes]
+StageOptions = Annotated[Stage, tyro.conf.OmitArgPrefixes]
+ClipOptions = Annotated[Clips, tyro.conf.OmitArgPrefixes]
+TrainingOptions = Annotated[Training, tyro.conf.OmitArgPrefixes]
+MAKER, STAGE, CLIPS, TRAINING = Maker(), Stage(), Clips(), Training()
+
+
+def imagine(
+    model: Model,
+    image: Annotated[Path, tyro.conf.Positional],
+    prompt: Annotated[str, tyro.conf.Positional],
+    camera: Path,
+    output: Output = Path("imagined"),
+    video: Path | None = None,
+    q_init: tuple[float, ...] | None = None,
+    backdrop: Path | None = None,
+    *,
+    maker: MakerOptions = MAKER,
+    stage: StageOptions = STAGE,
+    common: CommonOptions = DEFAULTS,
+) -> None:
+    """Let a video model show how a sentence is carried out, and find the joints that do it.
+
+    Needs kinesplat[models] and the model's weights, or --video. Stable Video Diffusion must have been fine-tuned by
+    kinesplat finetune-video to follow sentences. Writes OUTPUT/imagined.gif, overlay.gif (the robot laid over it),
+    track.csv and imagine.json. Exits with 1 when most frames were lost.
+
+    Args:
+        model: model file, or the name of a packaged model.
+        image: picture of the scene now.
+        prompt: what the robot should do, one sentence.
+        camera: JSON file with K, T_cam_world, width, height of the picture.
+        output: folder to write to.
+        video: file, GIF or folder of pictures to follow instead of a model's video.
+        q_init: joint values in the picture; default: search.
+        backdrop: picture of the scene without the robot.
+    """
+    device = device_of(common)
+    loaded, picture, view = load_model(model), read_image(image), Camera.from_json(camera)
+    if stage.scene is not None and stage.robot is None:
+        raise InputError("--scene needs --robot, which says which of the scene's joints are the robot's")
+    robot = None if stage.robot is None else load_description(stage.robot)
+    make_folder(output)
+    source = SVD_XT
+    if video is None:
+        rate = max(1, round(stage.fps))
+        sampling = Sampling(frames=maker.frames, steps=maker.steps, guidance=maker.guidance, fps=rate)
+        source = load_video_model(maker.video_model, maker.text_encoder, sampling=sampling, device=device)
+    result = imagine_motion(
+        loaded,
+        picture,
+        prompt,
+        view,
+        video_model=source,
+        video=None if video is None else read_frames(video),
+        q_init=None if q_init is None else torch.tensor(q_init),
+        backdrop=None if backdrop is None else read_image(backdrop),
+        robot=robot,
+        state=None if stage.scene is None or robot is None else _state(stage.scene, robot, q_init),
+        fps=stage.fps,
+        seed=common.seed,
+    )
+    write_table(output / "track.csv", result.track, stage.fps)
+    write_video(output / "imagined.gif", result.video, stage.fps)
+    write_video(output / "overlay.gif", overlays(loaded, iter(result.video), result.track), stage.fps)
+    written = {**result.to_json(), "fps": stage.fps}
+    write_json(output / "imagine.json", written)
+    out.print(result.report())
+    out.print(f"wrote imagined.gif, overlay.gif, track.csv and imagine.json to {output}")
+    write_json(common.json, written)
+    if result.track.verdict == "failed":
+        sys.exit(EXIT_FAILED)
+
+
+def finetune_video(
+    dataset: Annotated[Path, tyro.conf.Positional],
+    output: Output,
+    base: str = SVD_XT,
+    text_encoder: str | None = None,
+    resume: bool = False,
+    *,
+    clips: ClipOptions = CLIPS,
+    training: TrainingOptions = TRAINING,
+    common: CommonOptions = DEFAULTS,
+) -> None:
+    """Fine-tune Stable Video Diffusion to follow sentences, on a robot's episodes in LeRobot's format.
+
+    The embedding of the sentence takes the place of the embedding of the picture (Liu et al. 2024, appendix A.3).
+    OUTPUT gets log.csv, a checkpoint, and in the end what kinesplat imagine --video-model reads. On several GPUs, run
+    it as accelerate launch --no-python kinesplat finetune-video ...
+
+    Args:
+        dataset: folder of a LeRobot data set (versions 2.0 to 3.0), such as lerobot/asu_table_top, fetched with
+            hf download --repo-type dataset.
+        output: folder to write to.
+        base: folder or name of the model to start from.
+        text_encoder: CLIP text model; default: the base's own, else OpenCLIP ViT-H/14.
+        resume: go on from the checkpoint in OUTPUT.
+    """
+    device = device_of(common)
+    size = (clips.frames, clips.height, clips.width)
+    model = TextSteeredVideo.from_pretrained(base, text_encoder, sampling=Sampling(*size), device=device)
+    data = [episode.clip(*size) for episode in read_episodes(dataset, clips.camera)]
+    settings = FinetuneSettings(
+        steps=training.steps,
+        batch=training.batch,
+        accumulation=training.accumulation,
+        learning_rate=training.learning_rate,
+        lora_rank=training.rank if training.train == "lora" else None,
+        precision=training.precision,
+        minutes=training.minutes,
+    )
+    make_folder(output)
+    finetune(model, data, output, settings, base=base, seed=common.seed, resume=resume, progress=err.is_terminal)
+    out.print(f"{len(data)} clips; log, checkpoint and, after {training.steps} steps, the model in {output}")
+    write_json(common.json, {"output": str(output), "clips": len(data), "steps": training.steps})
+
+
+def _state(path: Path, robot: Robot, q_init: tuple[float, ...] | None) -> mujoco.MjData:
+    """The scene of a file as it says, with the robot at q_init where that is known."""
+    try:
+        data = mujoco.MjData(mujoco.MjModel.from_xml_path(str(path)))
+    except ValueError as error:
+        raise InputError(f"{path}: MuJoCo cannot read this scene ({' '.join(str(error).split())[:300]})") from error
+    if q_init is not None:
+        place(robot, data, torch.tensor(q_init, dtype=torch.float64))
+    mujoco.mj_forward(data.model, data)
+    return data

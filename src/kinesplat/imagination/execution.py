@@ -1,0 +1,221 @@
+"""From joints over time to motion: what is wrong with a trajectory, and what MuJoCo makes of it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mujoco
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kinesplat.dataset.collision import LEAST_DEPTH, SelfCollision
+from kinesplat.description import Robot
+from kinesplat.errors import InputError
+from kinesplat.imagination.joints import joint_ids, joints_of, place, robot_bodies, robot_qpos
+
+MAX_SPEED = {"hinge": 3.0, "ball": 3.0, "slide": 0.5}
+"""Speed that a joint is trusted with [rad/s], [m/s]."""
+LIMIT_TOLERANCE = 1e-3
+SETTLE_S = 0.5
+Contact = tuple[int, str, str]
+
+
+@dataclass(frozen=True)
+class TrajectoryCheck:
+    """What is wrong with a trajectory; nothing, where all four are empty.
+
+    Attributes:
+        beyond_limits: by joint, how far the trajectory goes beyond its limits [rad]/[m].
+        too_fast: by joint, the greatest speed where it is above what the joint is trusted with [rad/s]/[m/s].
+        self_collisions: frames in which two links run into each other.
+        contacts: first frame in which a link runs into a thing of the scene, the link, the thing.
+    """
+
+    beyond_limits: dict[str, float]
+    too_fast: dict[str, float]
+    self_collisions: tuple[int, ...]
+    contacts: tuple[Contact, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not (self.beyond_limits or self.too_fast or self.self_collisions or self.contacts)
+
+    def report(self) -> str:
+        """One line for a person."""
+        if self.passed:
+            return "checked: within limits and speeds, no collision"
+        words = [f"{name} {value:.3g} beyond its limit" for name, value in self.beyond_limits.items()]
+        words += [f"{name} at {value:.3g} per second" for name, value in self.too_fast.items()]
+        words += [f"self-collision in {len(self.self_collisions)} frame(s)"] if self.self_collisions else []
+        words += [f"{link} runs into {thing} in frame {frame}" for frame, link, thing in self.contacts]
+        return "checked: " + "; ".join(words)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionary."""
+        return {
+            "passed": self.passed,
+            "beyond_limits": self.beyond_limits,
+            "too_fast_per_s": self.too_fast,
+            "self_collision_frames": list(self.self_collisions),
+            "contacts": [list(contact) for contact in self.contacts],
+        }
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a trajectory went in MuJoCo.
+
+    Attributes:
+        q: ``(frames, dof)`` where the joints were at the frames' times [rad]/[m].
+        q_end: ``(dof,)`` where they were half a second after the last.
+        error: greatest distance of a hinge from what it was told, at the end [rad].
+        contacts: first frame of every contact of a link with a thing of the scene.
+    """
+
+    q: Float[Tensor, "frames dof"]
+    q_end: Float[Tensor, " dof"]
+    error: float
+    contacts: tuple[Contact, ...]
+
+    def report(self) -> str:
+        """One line for a person."""
+        touched = ", ".join(f"{link} touched {thing} in frame {frame}" for frame, link, thing in self.contacts)
+        return f"executed: {len(self.q)} frames, at the end {self.error:.3f} rad off at most; {touched or 'no contact'}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionary."""
+        return {
+            "q": self.q.tolist(),
+            "q_end": self.q_end.tolist(),
+            "error_rad": self.error,
+            "contacts": [list(contact) for contact in self.contacts],
+        }
+
+
+def check_trajectory(
+    robot: Robot,
+    q: Float[Tensor, "frames dof"],
+    seconds: float,
+    state: mujoco.MjData | None = None,
+) -> TrajectoryCheck:
+    """Joint limits, speeds, and collisions of the frames, without dynamics.
+
+    Args:
+        robot: tells links that collide with each other, as far as its description has shapes for that.
+        q: ``(frames, dof)`` [rad]/[m].
+        seconds: time from one frame to the next.
+        state: of a world with the robot and what stands around it, which stays as it is; default: nothing does.
+
+    Raises:
+        InputError: fewer than two frames, NaN, a time that is none, or the world lacks a joint of the robot.
+    """
+    _refuse(robot, q, seconds)
+    tree = robot.tree
+    q = q.double()
+    beyond = torch.where(tree.q_limited, torch.maximum(tree.q_lower - q, q - tree.q_upper), -torch.inf).amax(dim=0)
+    speed = (q.diff(dim=0).abs() / seconds).amax(dim=0)
+    trusted = [MAX_SPEED[kind] for kind in tree.joint_types]
+    collision = SelfCollision(robot)
+    colliding = (~collision.free(q)).nonzero()[:, 0].tolist() if collision.can_tell else []
+    return TrajectoryCheck(
+        {n: b for n, b in zip(tree.joint_names, beyond.tolist(), strict=True) if b > LIMIT_TOLERANCE},
+        {n: s for n, s, most in zip(tree.joint_names, speed.tolist(), trusted, strict=True) if s > most},
+        tuple(colliding),
+        () if state is None else _contacts_of_frames(robot, q, state),
+    )
+
+
+def execute(robot: Robot, q: Float[Tensor, "frames dof"], seconds: float, state: mujoco.MjData) -> Execution:
+    """Drive the world's position actuators along a trajectory, and half a second on; `state` moves along.
+
+    Args:
+        robot: whose joints q are.
+        q: ``(frames, dof)`` [rad]/[m]; the first frame is where the robot should be already.
+        seconds: time from one frame to the next.
+        state: of a world in which a position actuator drives every joint of q; the robot goes on from where it is.
+
+    Raises:
+        InputError: as `check_trajectory`, or a joint has no position actuator.
+    """
+    bodies, contacts, reached = robot_bodies(robot, state.model), {}, []
+    for frame in executing(robot, q, seconds, state):
+        reached.append(joints_of(robot, state))
+        for link, thing in _touching(state, bodies):
+            contacts.setdefault((link, thing), frame)
+    hinges = torch.tensor([kind == "hinge" for kind in robot.tree.joint_types])
+    off = (reached[-1] - q[-1].double()).abs()[hinges]
+    found = tuple((frame, link, thing) for (link, thing), frame in contacts.items())
+    return Execution(torch.stack(reached[:-1]), reached[-1], float(off.max()) if len(off) else 0.0, found)
+
+
+def executing(robot: Robot, q: Float[Tensor, "frames dof"], seconds: float, state: mujoco.MjData) -> Iterator[int]:
+    """`execute` frame by frame: yields its number whenever `state` has come to a frame's time, and after settling."""
+    _refuse(robot, q, seconds)
+    world = state.model
+    joints, actuators = joint_ids(robot, world), _actuators(robot, world)
+    order = {joint: column for column, joint in enumerate(joints.tolist())}
+    columns = [order[joint] for joint in actuators]
+    targets = robot_qpos(robot, q)[:, columns]
+    indices = list(actuators.values())
+    state.ctrl[indices] = targets[0]
+    yield 0
+    steps = max(1, round(seconds / world.opt.timestep))
+    settling = max(1, round(SETTLE_S / world.opt.timestep))
+    for frame in range(1, len(targets)):
+        for step in range(1, steps + 1):
+            state.ctrl[indices] = targets[frame - 1] + step / steps * (targets[frame] - targets[frame - 1])
+            mujoco.mj_step(world, state)
+        yield frame
+    for _ in range(settling):
+        mujoco.mj_step(world, state)
+    mujoco.mj_forward(world, state)
+    yield len(targets)
+
+
+def _actuators(robot: Robot, world: mujoco.MjModel) -> dict[int, int]:
+    """The position actuator of every independent joint of the robot."""
+    joint, affine = int(mujoco.mjtTrn.mjTRN_JOINT), int(mujoco.mjtBias.mjBIAS_AFFINE)
+    driven = {
+        int(world.actuator_trnid[a, 0]): a
+        for a in range(world.nu)
+        if world.actuator_trntype[a] == joint and world.actuator_biastype[a] == affine
+    }
+    wanted = [world.joint(name).id for name in robot.tree.joint_names]
+    missing = [world.joint(j).name for j in wanted if j not in driven]
+    if missing:
+        raise InputError(f"the scene has no position actuator for {', '.join(missing)}; <position joint=.../> is one")
+    return {j: driven[j] for j in wanted}
+
+
+def _contacts_of_frames(robot: Robot, q: Tensor, state: mujoco.MjData) -> tuple[Contact, ...]:
+    data, bodies = mujoco.MjData(state.model), robot_bodies(robot, state.model)
+    data.qpos[:] = state.qpos
+    found: dict[tuple[str, str], int] = {}
+    for frame, row in enumerate(q):
+        place(robot, data, row)
+        mujoco.mj_forward(data.model, data)
+        for pair in _touching(data, bodies):
+            found.setdefault(pair, frame)
+    return tuple((frame, link, thing) for (link, thing), frame in found.items())
+
+
+def _touching(data: mujoco.MjData, bodies: set[int]) -> set[tuple[str, str]]:
+    """Names of links and things that run into each other."""
+    world, found = data.model, set()
+    for contact in data.contact:
+        pair = [int(world.geom_bodyid[geom]) for geom in contact.geom]
+        inside = [body in bodies for body in pair]
+        if contact.dist < -LEAST_DEPTH and inside[0] != inside[1]:
+            link, thing = pair if inside[0] else pair[::-1]
+            found.add((world.body(link).name, world.body(thing).name))
+    return found
+
+
+def _refuse(robot: Robot, q: Tensor, seconds: float) -> None:
+    robot.tree.coordinates(q)  # raises on a wrong size or NaN
+    if q.dim() != 2 or len(q) < 2:
+        raise InputError(f"a trajectory has two frames or more, got q of shape {tuple(q.shape)}")
+    if not seconds > 0.0:
+        raise InputError(f"{seconds} s from frame to frame; expected a positive time")

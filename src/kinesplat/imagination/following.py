@@ -1,0 +1,84 @@
+"""Inverse dynamics of a short, coarse video whose first configuration is known: `track`, then each frame once more."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kinesplat.camera import Camera
+from kinesplat.imagination.behind import behind_robot
+from kinesplat.inverse.track import Tracker, collected, predict, start_tracker
+from kinesplat.inverse.track_result import TrackedFrame, TrackResult
+from kinesplat.self_model import SelfModel
+
+SWEEPS = 2
+
+
+@torch.no_grad()
+def follow(
+    model: SelfModel,
+    frames: Float[Tensor, "frames height width 3"],
+    camera: Camera,
+    q_init: Float[Tensor, " dof"],
+    backdrop: Float[Tensor, "height width 3"] | None = None,
+    *,
+    sweeps: int = SWEEPS,
+    seed: int = 0,
+) -> TrackResult:
+    """Joints of every frame of a video in which the robot begins at `q_init` and the camera stands still.
+
+    The backdrop is what the first frame shows beside the robot. After tracking it is taken anew, with what the robot
+    uncovered, and every frame is solved again from its own answer and from its neighbours', which leads out of the
+    wrong minima that few pixels have. The first frame keeps `q_init`.
+
+    Args:
+        model: self-model of the robot.
+        frames: ``(frames, height, width, 3)`` in [0, 1].
+        camera: their camera.
+        q_init: ``(dof,)`` joints of the first frame [rad]/[m].
+        backdrop: ``(height, width, 3)`` the scene without the robot, where it is known.
+        sweeps: how often every frame is solved again.
+        seed: of the random starts, where a frame has to be searched.
+
+    Raises:
+        InputError: frames, camera or q of the wrong type, shape or range.
+    """
+    began = time.perf_counter()
+    q_init = q_init.float()
+    behind = behind_robot(model, frames[:1], q_init[None], camera) if backdrop is None else backdrop
+    tracker = start_tracker(model, frames, camera, backdrop=behind, q_init=q_init, seed=seed)
+    first = TrackedFrame(q_init, tracker.camera.T_cam_world, torch.zeros_like(q_init), 0.0, "tracked")
+    first = replace(tracker.solve(0, [first], q_init, "tracked"), q=q_init)
+    found = [first]
+    for index in range(1, len(frames)):
+        near = best(tracker, index, [found[-1].q, predict(model, found)])
+        found.append(tracker.next_frame(index, found) if tracker.misfits(index, near) else near)
+    for _ in range(sweeps):
+        if backdrop is None:
+            behind = behind_robot(model, frames, torch.stack([frame.q for frame in found]), camera)
+            tracker = start_tracker(model, frames, camera, backdrop=behind, q_init=q_init, seed=seed)
+        found = swept(tracker, found)
+    return collected(tracker, found, time.perf_counter() - began, 0.0)
+
+
+def swept(tracker: Tracker, found: Sequence[TrackedFrame]) -> list[TrackedFrame]:
+    """Every frame but the first solved again: from itself, the new answers before it, and the old one after it."""
+    new = [found[0]]
+    for index in range(1, len(found)):
+        before, after = new[-1].q, found[min(index + 1, len(found) - 1)].q
+        starts = [found[index].q, before, predict(tracker.model, new), 0.5 * (before + after)]
+        new.append(best(tracker, index, starts))
+    return new
+
+
+def best(tracker: Tracker, index: int, starts: Sequence[Float[Tensor, " dof"]]) -> TrackedFrame:
+    """The best explanation of a frame near one of several configurations, each solved until it stays, twice at most."""
+    T, answers = tracker.camera.T_cam_world, []
+    for q in starts:
+        start = TrackedFrame(q, T, torch.zeros_like(q), 0.0, "tracked")
+        once = tracker.solve(index, [start], q, "tracked")
+        answers.append(tracker.solve(index, [once], once.q, "tracked"))
+    return min(answers, key=lambda frame: frame.loss)

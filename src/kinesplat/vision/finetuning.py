@@ -1,0 +1,378 @@
+"""Fine-tuning Stable Video Diffusion on a robot's videos, steered by sentences (Liu et al. 2024, appendix A.3)."""
+
+import csv
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from rich.progress import Progress
+from torch import Tensor
+
+from kinesplat.errors import InputError, ModelFileError, TrainingError
+from kinesplat.files import folder_written_whole, written_whole
+from kinesplat.vision.loading import library
+from kinesplat.vision.video_diffusion import LORA_FOLDER, TextSteeredVideo, write_index
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""Layers of the video model that a LoRA changes."""
+CHECKPOINT = "checkpoint.safetensors"
+LOG = "log.csv"
+ENCODED_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video and what happens in it.
+
+    Attributes:
+        frames: ``(frames, height, width, 3)``; all clips of a training have one size.
+        prompt: the sentence.
+    """
+
+    frames: UInt8[Tensor, "frames height width 3"]
+    prompt: str
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How to fine-tune.
+
+    Attributes:
+        steps: optimiser steps in all.
+        batch: clips a step and process.
+        accumulation: steps whose gradients are added up before the optimiser moves.
+        learning_rate: of AdamW, after 100 steps of warming up.
+        lora_rank: rank of the low-rank update of the attention layers (Hu et al. 2022); None trains all weights.
+        dropout: share of the clips without the sentence, another such share without the first frame, and another
+            without either, which classifier-free guidance needs.
+        log_sigma: mean and standard deviation of the logarithm of the noise; those of Stable Video Diffusion.
+        ema: decay of the running mean of the weights, which is what is kept in the end; 0 keeps the last.
+        precision: "no", "bf16" or "fp16", as accelerate has it.
+        save_every: steps from one checkpoint to the next.
+        minutes: stop after this wall clock, checkpoint written; `resume` goes on. None does not.
+    """
+
+    steps: int = 10_000
+    batch: int = 1
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    lora_rank: int | None = 16
+    dropout: float = 0.1
+    log_sigma: tuple[float, float] = (0.7, 1.6)
+    ema: float = 0.0
+    precision: str = "no"
+    save_every: int = 250
+    minutes: float | None = None
+
+
+def edm_loss(
+    unet: Any,
+    latents: Float[Tensor, "b frames c h w"],
+    noise: Float[Tensor, "b frames c h w"],
+    sigma: Float[Tensor, " b"],
+    first: Float[Tensor, "b c h w"],
+    embedding: Float[Tensor, "b 1 k"],
+    told: Float[Tensor, "b 3"],
+) -> Float[Tensor, ""]:
+    """Weighted squared error of the denoised video (Karras et al. 2022, eq. 7 and 8; v-prediction as in SVD).
+
+    Args:
+        unet: the video model.
+        latents: scaled latents of the video.
+        noise: standard normal.
+        sigma: standard deviation of the noise that is added.
+        first: latents of the first frame, unscaled, as the model is given them beside the noise.
+        embedding: of the sentence.
+        told: frames per second less one, motion bucket, noise of the first frame.
+    """
+    s = sigma[:, None, None, None, None]
+    noisy, norm = latents + s * noise, (s.square() + 1.0).rsqrt()
+    beside = first[:, None].expand(-1, latents.shape[1], -1, -1, -1)
+    predicted = unet(torch.cat([norm * noisy, beside], dim=2), 0.25 * sigma.log(), embedding, told).sample
+    denoised = norm.square() * noisy - s * norm * predicted
+    return ((denoised - latents).square() * (1.0 + s.square()) / s.square()).mean()
+
+
+def finetune(
+    model: TextSteeredVideo,
+    clips: Sequence[Clip],
+    folder: str | Path,
+    settings: FinetuneSettings | None = None,
+    *,
+    base: str = "",
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = False,
+) -> TextSteeredVideo:
+    """Train the video model on clips; text model and autoencoder stay. Runs under ``accelerate launch`` as well.
+
+    The folder gets the checkpoint and log.csv on the way, and in the end the model: all of it, or the LoRA alone with
+    the name of its base. Every step draws from a generator of its own, so a resumed run goes the way of a run that was
+    never stopped.
+
+    Args:
+        model: what to start from; its video model is changed.
+        clips: what to learn.
+        folder: where results go.
+        settings: how; the defaults suit a LoRA of SVD-XT.
+        base: name or folder of `model`, which a LoRA is written with.
+        seed: of noise, order and dropout.
+        resume: go on from the folder's checkpoint, where there is one.
+        progress: show a progress bar on the terminal.
+
+    Raises:
+        InputError: no clip, clips of different sizes, a LoRA without `base`, or a checkpoint of another training.
+        BackendError: accelerate or peft is absent.
+        TrainingError: the loss is no number; the last checkpoint before it is kept.
+    """
+    settings, folder = settings or FinetuneSettings(), Path(folder)
+    _refuse(clips, settings, base)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run.start(model, clips, folder, settings, seed)
+    done = run.load() if resume and (folder / CHECKPOINT).is_file() else 0
+    run.train(done, progress)
+    if settings.minutes is None or run.finished:
+        run.save_model(base)
+    return replace(model, unet=run.plain_unet())
+
+
+@dataclass(eq=False)
+class _Run:
+    """One process of a training."""
+
+    model: TextSteeredVideo
+    accelerator: Any
+    unet: Any
+    optimizer: Any
+    data: "_Encoded"
+    folder: Path
+    settings: FinetuneSettings
+    seed: int
+    mean: list[Tensor]
+    finished: bool = False
+
+    @classmethod
+    def start(
+        cls, model: TextSteeredVideo, clips: Sequence[Clip], folder: Path, settings: FinetuneSettings, seed: int
+    ) -> "_Run":
+        accelerate = library("accelerate")
+        accelerator = accelerate.Accelerator(
+            mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulation
+        )
+        torch.manual_seed(seed)
+        unet = model.unet if settings.lora_rank is None else _with_lora(model.unet, settings.lora_rank)
+        unet.train()
+        trained = [p for p in unet.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate)
+        model.vae.to(accelerator.device)
+        model.text_encoder.to(accelerator.device)
+        data = _Encoded.of(model, clips)
+        unet, optimizer = accelerator.prepare(unet, optimizer)
+        return cls(
+            model, accelerator, unet, optimizer, data, folder, settings, seed, [p.detach().clone() for p in trained]
+        )
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters that move, by name."""
+        plain = self.accelerator.unwrap_model(self.unet)
+        return {name: p for name, p in plain.named_parameters() if p.requires_grad}
+
+    def train(self, done: int, progress: bool) -> None:
+        """All steps that are left, or as many as the minutes allow."""
+        settings, began, losses = self.settings, time.perf_counter(), []
+        main = self.accelerator.is_main_process
+        with Progress(disable=not (progress and main), transient=True) as bar:
+            task = bar.add_task("fine-tuning", total=settings.steps, completed=done)
+            for step in range(done, settings.steps):
+                losses.append(self.step(step))
+                bar.advance(task)
+                late = settings.minutes is not None and time.perf_counter() - began > 60.0 * settings.minutes
+                if (step + 1) % settings.save_every == 0 or late or step + 1 == settings.steps:
+                    self.save(step + 1, sum(losses) / len(losses), time.perf_counter() - began)
+                    losses.clear()
+                if late:
+                    break
+        self.finished = done >= settings.steps or step + 1 == settings.steps
+
+    def step(self, step: int) -> float:
+        """One batch; the optimiser moves when enough gradients have been added up."""
+        settings, device = self.settings, self.accelerator.device
+        process = self.accelerator.process_index
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_009 + process)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / 100)
+        with self.accelerator.accumulate(self.unet):
+            batch = self.data.draw(self.model, settings, generator, device)
+            with self.accelerator.autocast():
+                loss = edm_loss(self.unet, *batch)
+            if not torch.isfinite(loss):
+                raise TrainingError(f"step {step}: the loss is {loss.item()}; the last checkpoint is kept")
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.unet.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        with torch.no_grad():
+            decay = min(settings.ema, (1 + step) / (10 + step))
+            for mean, now in zip(self.mean, self.trained.values(), strict=True):
+                mean.lerp_(now.to(mean.device), 1.0 - decay)
+        return loss.item()
+
+    def save(self, step: int, loss: float, seconds: float) -> None:
+        """Checkpoint and a line of the log."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {}
+        moments = self.optimizer.state
+        for (name, p), mean in zip(self.trained.items(), self.mean, strict=True):
+            state = moments.get(p, {})
+            parts = {"now": p.detach(), "mean": mean, **{k: v for k, v in state.items() if torch.is_tensor(v)}}
+            tensors |= {f"{part}:{name}": value.contiguous().cpu().clone() for part, value in parts.items()}
+        header = {"state": json.dumps({"step": step, **self.identity})}
+        with written_whole(self.folder / CHECKPOINT) as temporary:
+            library("safetensors.torch").save_file(tensors, str(temporary), metadata=header)
+        new = not (self.folder / LOG).is_file()
+        with (self.folder / LOG).open("a", newline="") as file:
+            rows = [["step", "loss", "seconds"]] if new else []
+            csv.writer(file).writerows([*rows, [step, f"{loss:.5f}", f"{seconds:.1f}"]])
+
+    def load(self) -> int:
+        """Take up the checkpoint; the step that it was written after."""
+        path = self.folder / CHECKPOINT
+        safetensors = library("safetensors")
+        try:
+            with safetensors.safe_open(str(path), framework="pt") as file:
+                state = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise ModelFileError(f"{path}: a broken checkpoint ({error}); train without resume") from error
+        step = state.pop("step")
+        if state != self.identity:
+            raise InputError(f"{path} is of another training: {state}, not {self.identity}")
+        with torch.no_grad():
+            for (name, p), mean in zip(self.trained.items(), self.mean, strict=True):
+                p.copy_(tensors[f"now:{name}"])
+                mean.copy_(tensors[f"mean:{name}"])
+                parts = {part: tensors.get(f"{part}:{name}") for part in ("step", "exp_avg", "exp_avg_sq")}
+                if parts["step"] is not None:
+                    kept = {k: v.to(p.device) if k != "step" else v for k, v in parts.items() if v is not None}
+                    self.optimizer.state[p] = kept
+        return int(step)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What two runs must have in common, for one to go on with the other's checkpoint."""
+        count = sum(p.numel() for p in self.trained.values())
+        clips = len(self.data.prompts)
+        return {"trained": count, "clips": clips, "batch": self.settings.batch, "seed": self.seed}
+
+    def plain_unet(self) -> Any:
+        """The trained video model, with the mean of the weights, without adapters."""
+        plain = self.accelerator.unwrap_model(self.unet)
+        with torch.no_grad():
+            for p, mean in zip(self.trained.values(), self.mean, strict=True):
+                p.copy_(mean)
+        plain = plain.merge_and_unload() if self.settings.lora_rank is not None else plain
+        return plain.eval()
+
+    def save_model(self, base: str) -> None:
+        """Write the result beside the checkpoint."""
+        if not self.accelerator.is_main_process:
+            return
+        now = {name: p.detach().clone() for name, p in self.trained.items()}
+        with torch.no_grad():
+            for p, mean in zip(self.trained.values(), self.mean, strict=True):
+                p.copy_(mean)
+            if self.settings.lora_rank is None:
+                replace(self.model, unet=self.accelerator.unwrap_model(self.unet)).save_pretrained(self.folder)
+            else:
+                self._save_lora(base)
+            for name, p in self.trained.items():
+                p.copy_(now[name])
+
+    def _save_lora(self, base: str) -> None:
+        plain = self.accelerator.unwrap_model(self.unet)
+        plain.peft_config["default"].base_model_name_or_path = base
+        with folder_written_whole(self.folder / LORA_FOLDER) as temporary:
+            plain.save_pretrained(str(temporary), save_embedding_layers=False)
+        write_index(self.folder, "StableVideoDiffusionPipeline")
+
+
+@dataclass(frozen=True, eq=False)
+class _Encoded:
+    """Clips as the video model sees them.
+
+    Attributes:
+        latents: ``(clips, frames, c, h, w)`` scaled.
+        first: ``(clips, height, width, 3)`` the first frames.
+        prompts: ``(clips, 1, k)`` embeddings of the sentences.
+    """
+
+    latents: Float[Tensor, "clips frames c h w"]
+    first: UInt8[Tensor, "clips height width 3"]
+    prompts: Float[Tensor, "clips 1 k"]
+
+    @classmethod
+    def of(cls, model: TextSteeredVideo, clips: Sequence[Clip]) -> "_Encoded":
+        """Encode every frame once."""
+        scale, latents = model.vae.config.scaling_factor, []
+        for clip in clips:
+            parts = [model.encode(part.float() / 255.0) for part in clip.frames.split(ENCODED_AT_ONCE)]
+            latents.append(scale * torch.cat(parts).float().cpu())
+        sentences = sorted({clip.prompt for clip in clips})
+        embedded = dict(zip(sentences, model.embed(sentences).float().cpu(), strict=True))
+        first = torch.stack([clip.frames[0] for clip in clips])
+        return cls(torch.stack(latents), first, torch.stack([embedded[clip.prompt] for clip in clips]))
+
+    def draw(
+        self, model: TextSteeredVideo, settings: FinetuneSettings, generator: torch.Generator, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Arguments of `edm_loss` for random clips."""
+        count, told = settings.batch, model.sampling
+        rows = torch.randint(len(self.latents), (count,), generator=generator)
+        latents = self.latents[rows]
+        mean, deviation = settings.log_sigma
+        sigma = (mean + deviation * torch.randn(count, generator=generator)).exp()
+        noise = torch.randn(latents.shape, generator=generator)
+        lot = torch.rand(count, generator=generator)
+        mute = (lot < settings.dropout) | ((lot >= 2 * settings.dropout) & (lot < 3 * settings.dropout))
+        blind = (lot >= settings.dropout) & (lot < 3 * settings.dropout)
+        first = self.first_latents(model, rows, generator) * ~blind[:, None, None, None]
+        prompts = self.prompts[rows] * ~mute[:, None, None]
+        ids = torch.tensor([[told.fps - 1.0, float(told.motion), told.noise]]).expand(count, 3)
+        parts = (latents, noise, sigma, first, prompts, ids)
+        return tuple(part.to(device) for part in parts)  # pyright: ignore[reportReturnType]
+
+    def first_latents(
+        self, model: TextSteeredVideo, rows: Int64[Tensor, " b"], generator: torch.Generator
+    ) -> Float[Tensor, "b c h w"]:
+        """Latents of the first frames as the model is given them: with noise on the pixels, not scaled."""
+        if model.sampling.noise == 0.0:
+            return self.latents[rows, 0] / model.vae.config.scaling_factor
+        pixels = self.first[rows].float() / 255.0
+        return model.encode(pixels + 0.5 * model.sampling.noise * torch.randn(pixels.shape, generator=generator)).cpu()
+
+
+def _with_lora(unet: Any, rank: int) -> Any:
+    peft = library("peft")
+    unet.requires_grad_(False)
+    return peft.get_peft_model(unet, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ATTENTION)))
+
+
+def _refuse(clips: Sequence[Clip], settings: FinetuneSettings, base: str) -> None:
+    if not clips:
+        raise InputError("there is no clip to learn from")
+    sizes = {tuple(clip.frames.shape) for clip in clips}
+    if len(sizes) > 1:
+        raise InputError(f"clips have the sizes {sorted(sizes)[:3]} (frames, height, width, 3); they need one")
+    if settings.lora_rank is not None and not base:
+        raise InputError("a LoRA is written with the name of its base: give base=, or lora_rank=None")
+    if not 0.0 <= settings.dropout <= 1 / 3:
+        raise InputError(f"dropout is {settings.dropout}; three shares of it fit into at most 1")

@@ -1,0 +1,98 @@
+"""Fine-tuning of video models: it learns, it resumes as if it had never stopped, a LoRA is read back onto its base."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_video_models import FRAMES, SIZE, tiny_model
+
+from kinesplat.errors import InputError, ModelFileError, TrainingError
+from kinesplat.vision.finetuning import CHECKPOINT, LOG, Clip, FinetuneSettings, finetune
+from kinesplat.vision.video_diffusion import Sampling, load_video_model
+
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")  # theirs
+FULL = FinetuneSettings(steps=4, batch=2, learning_rate=2e-3, lora_rank=None, ema=0.5, save_every=2)
+
+
+def clips(count: int = 3) -> list[Clip]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (FRAMES, SIZE, SIZE, 3)
+    frames = [torch.randint(256, shape, dtype=torch.uint8, generator=generator) for _ in range(count)]
+    return [Clip(f, f"clip {'abc'[i]}") for i, f in enumerate(frames)]
+
+
+def weights(model: object) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.unet.parameters()])  # type: ignore[attr-defined]
+
+
+def log_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / LOG).open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
+    whole = finetune(tiny_model(), clips(), tmp_path / "a", FULL)
+    half = FinetuneSettings(**{**FULL.__dict__, "steps": 2})
+    finetune(tiny_model(), clips(), tmp_path / "b", half)
+    resumed = finetune(tiny_model(), clips(), tmp_path / "b", FULL, resume=True)
+    torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=1e-6)
+    assert (weights(resumed) - weights(tiny_model())).abs().max() > 1e-4
+    assert [row["step"] for row in log_of(tmp_path / "b")] == ["2", "4"]
+    read = load_video_model(tmp_path / "b")
+    torch.testing.assert_close(weights(read), weights(resumed))
+
+
+def test_one_clip_is_learnt(tmp_path: Path) -> None:
+    settings = FinetuneSettings(
+        steps=24, batch=1, learning_rate=3e-3, lora_rank=None, dropout=0.0, log_sigma=(0.0, 0.1), save_every=4
+    )
+    finetune(tiny_model(), clips(1), tmp_path, settings)
+    losses = [float(row["loss"]) for row in log_of(tmp_path)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_lora_changes_attention_alone_and_is_read_onto_its_base(tmp_path: Path) -> None:
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    before = {name: p.detach().clone() for name, p in base.unet.named_parameters()}
+    settings = FinetuneSettings(steps=3, learning_rate=1e-1, lora_rank=2)
+    tuned = finetune(base, clips(), tmp_path / "lora", settings, base=str(tmp_path / "base"))
+    changed = {name for name, p in tuned.unet.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all("attn" in name for name in changed)
+    read = load_video_model(tmp_path / "lora", sampling=Sampling(steps=2))
+    torch.testing.assert_close(weights(read), weights(tuned), rtol=1e-5, atol=1e-6)
+    assert not (tmp_path / "lora" / "unet").exists()
+
+
+def test_a_stop_after_minutes_leaves_a_checkpoint_and_no_model(tmp_path: Path) -> None:
+    finetune(tiny_model(), clips(), tmp_path, FinetuneSettings(**{**FULL.__dict__, "minutes": 0.0}))
+    assert (tmp_path / CHECKPOINT).is_file()
+    assert not (tmp_path / "unet").exists()
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no clip"):
+        finetune(tiny_model(), [], tmp_path, FULL)
+    with pytest.raises(InputError, match="one"):
+        finetune(tiny_model(), [*clips(1), Clip(torch.zeros(FRAMES, 8, 8, 3, dtype=torch.uint8), "x")], tmp_path, FULL)
+    with pytest.raises(InputError, match="base="):
+        finetune(tiny_model(), clips(), tmp_path)
+    (tmp_path / CHECKPOINT).write_bytes(b"half a file")
+    with pytest.raises(ModelFileError, match="broken checkpoint"):
+        finetune(tiny_model(), clips(), tmp_path, FULL, resume=True)
+    finetune(tiny_model(), clips(), tmp_path / "other", FinetuneSettings(**{**FULL.__dict__, "steps": 1}))
+    with pytest.raises(InputError, match="another training"):
+        finetune(tiny_model(), clips(2), tmp_path / "other", FULL, resume=True)
+
+
+def test_a_loss_that_is_no_number_stops_the_training(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(TrainingError, match="step 0"):
+        finetune(model, clips(), tmp_path, FULL)
+    assert not (tmp_path / CHECKPOINT).exists()

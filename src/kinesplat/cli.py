@@ -18,6 +18,7 @@ from kinesplat.commands.imagine import finetune_video, imagine
 from kinesplat.commands.initializer import initializer
 from kinesplat.commands.reconstruct import reconstruct
 from kinesplat.commands.render import render
+from kinesplat.commands.retarget import retarget
 from kinesplat.commands.self_models import build, inspect, models
 from kinesplat.commands.show import benchmark, demo
 from kinesplat.commands.text import text
@@ -39,6 +40,7 @@ COMMANDS = (
     initializer,
     calibrate,
     track,
+    retarget,
     text,
     imagine,
     finetune_video,

@@ -171,6 +171,11 @@ def write_table(path: Path, result: TrackResult, rate: float) -> None:
         **{name: result.q[:, j].tolist() for j, name in enumerate(result.joint_names)},
         **{f"{name}_std": result.std[:, j].tolist() for j, name in enumerate(result.joint_names)},
     }
+    write_columns(path, columns)
+
+
+def write_columns(path: Path, columns: dict[str, list[Any]]) -> None:
+    """Write a table as .csv or .parquet, whole or not at all."""
     with written_whole(path) as temporary:
         if path.suffix == ".parquet":
             table = import_module("pyarrow").table(columns)

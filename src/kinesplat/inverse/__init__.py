@@ -6,6 +6,8 @@ from kinesplat.inverse.initializer import Initializer
 from kinesplat.inverse.priors import Priors
 from kinesplat.inverse.reconstruct import reconstruct
 from kinesplat.inverse.result import FitResult, Hypothesis
+from kinesplat.inverse.retarget import retarget
+from kinesplat.inverse.retarget_result import RetargetResult
 from kinesplat.inverse.text import text_to_q
 from kinesplat.inverse.text_result import TextResult
 from kinesplat.inverse.track import track
@@ -17,10 +19,12 @@ __all__ = [
     "Hypothesis",
     "Initializer",
     "Priors",
+    "RetargetResult",
     "TextResult",
     "TrackResult",
     "calibrate",
     "reconstruct",
+    "retarget",
     "text_to_q",
     "track",
 ]

@@ -1,0 +1,129 @@
+"""From somebody else's motion to ours: joints over time whose point tracks are those of a demonstration."""
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kinesplat.camera import Camera
+from kinesplat.errors import InputError, unknown
+from kinesplat.inverse.clip import Clip
+from kinesplat.inverse.observation import ImageLike
+from kinesplat.inverse.rendered_tracks import follow_rendered
+from kinesplat.inverse.retarget_result import RetargetResult
+from kinesplat.inverse.retargeting import Answer, Retargeting
+from kinesplat.inverse.trajectory import Trajectory
+from kinesplat.self_model import SelfModel
+from kinesplat.vision.point_tracks import PointTracker, PointTracks, lucas_kanade, track_video
+
+Objective = Literal["tracks", "frames", "rendered"]
+OBJECTIVES = ("tracks", "frames", "rendered")
+LONG_SIDE = 512
+STARTS = 8
+
+
+def retarget(
+    model: SelfModel,
+    demonstration: PointTracks | Iterable[ImageLike],
+    camera: Camera,
+    *,
+    masks: Iterable[ImageLike] | None = None,
+    q_init: Float[Tensor, "*frames dof"] | None = None,
+    objective: Objective = "tracks",
+    tracker: PointTracker = lucas_kanade,
+    align: bool = False,
+    starts: int | None = None,
+    self_collision: float = 0.0,
+    smoothness: float = 0.5,
+    seed: int = 0,
+) -> RetargetResult:
+    """Joints over time whose surface points move in the picture as the demonstration's do (paper, eq. 10).
+
+    The demonstration is a video of this robot, of another one, or of a hand, or tracks of points in such a video. Which
+    of its points belongs to which of ours is not given. Three objectives:
+
+    - ``tracks`` (default): our tracks follow from kinematics alone. Whole tracks are compared: a point stays the same
+      point through time, so its path says which one it is. Partners are soft at first and harden level by level; in the
+      end they slide along the surface. Without `q_init`, several starts are tried on some of the frames, and limbs of
+      one may be combined with those of another.
+    - ``frames``: the same tracks, but the Chamfer distance of eq. 10 in every frame by itself, both ways. It needs a
+      start that is near, or a demonstration that shows much.
+    - ``rendered``: the paper's: the tracker runs on our rendered frames, and gradients go through it (Adam). Slow.
+
+    Args:
+        model: self-model of our robot, its splats bound to links.
+        demonstration: tracks in the pixels of `camera`, or frames ``(height, width, 3)`` of its size.
+        camera: through which our robot is to be seen: batch ``()``, or ``(frames,)`` where it moves.
+        masks: of a video: 1 on what moves; without them what differs from a plain or the usual background.
+        q_init: ``(dof,)`` our joints in the first frame, right within about 0.1 rad, or ``(frames, dof)`` a first guess
+            of the motion [rad]/[m]; default: no idea. For a video of this robot `reconstruct` gives the first frame.
+        objective: see above.
+        tracker: follows points through the video, and with ``rendered`` through ours too; `kinesplat.vision`.
+        align: also scale, turn and move the demonstration in the picture: for another robot or a hand. Without
+            `q_init` the robot begins in its canonical configuration then.
+        starts: how many to try without `q_init`; default 8, or 1 with `align`.
+        self_collision: weight of links that pass through each other, see `Priors`; 1 is firm.
+        smoothness: cost of accelerations [px^2 for a joint's unit step per frame^2].
+        seed: of the random starts.
+
+    Raises:
+        InputError: tracks, frames, camera or q of the wrong type, shape or range; nothing to follow.
+    """
+    began = time.perf_counter()
+    if objective not in OBJECTIVES:
+        raise InputError(unknown("objective", objective, OBJECTIVES))
+    if not 0.0 <= smoothness < math.inf or not 0.0 <= self_collision < math.inf:
+        raise InputError(f"smoothness is {smoothness}, self_collision {self_collision}; expected 0 or more")
+    shown, camera = demonstrated(demonstration, camera, masks, tracker)
+    with torch.no_grad():
+        work = Retargeting.create(model, shown, camera, q_init, align, smoothness, self_collision)
+        answer = found(work, objective, starts or (1 if align else STARTS), seed)
+    if objective == "rendered":
+        frames = len(work.every)
+        q, losses = follow_rendered(work.surface(True), work.shown, tracker, answer.at.q, work.ties(frames))
+        answer = replace(answer, at=Trajectory(q, answer.at.shared), loss=min(losses), history=[losses])
+    with torch.no_grad():
+        return work.result(answer, objective != "rendered", time.perf_counter() - began)
+
+
+def found(work: Retargeting, objective: Objective, starts: int, seed: int) -> Answer:
+    """The motion by the analytic objectives; the rendered one begins with the first guess."""
+    if objective == "tracks":
+        return work.follow(starts, seed)
+    return work.chamfer() if objective == "frames" else work.unmoved()
+
+
+def demonstrated(
+    demonstration: PointTracks | Iterable[ImageLike],
+    camera: Camera,
+    masks: Iterable[ImageLike] | None,
+    tracker: PointTracker,
+) -> tuple[PointTracks, Camera]:
+    """The tracks of a demonstration in the pixels of the camera, which is checked against them.
+
+    Raises:
+        InputError: see `retarget`.
+    """
+    if not isinstance(camera, Camera):
+        raise InputError(f"camera is a {type(camera).__name__}; expected a kinesplat.Camera")
+    if not isinstance(demonstration, PointTracks):
+        one = replace(camera, K=camera.K.reshape(-1, 3, 3)[0], T_cam_world=camera.T_cam_world.reshape(-1, 4, 4)[0])
+        clip = Clip.read(demonstration, masks, None, one, LONG_SIDE)
+        foreground = torch.cat([clip.observation(i).silhouette() for i in range(len(clip.rgb))])
+        with torch.no_grad():
+            small = track_video(clip.rgb.float() / 255.0, foreground, tracker)
+        size = torch.tensor([camera.width / clip.camera.width, camera.height / clip.camera.height])
+        demonstration = small.scaled(size)
+    shown = PointTracks(demonstration.points.detach().float().cpu(), demonstration.visible.cpu()).seen()
+    frames, n = shown.visible.shape
+    if frames < 2 or n < 1:
+        raise InputError(f"{n} tracks are seen twice or more in {frames} frames; expected some, in two frames or more")
+    if camera.batch_shape not in ((), (frames,)):
+        raise InputError(f"camera has batch shape {camera.batch_shape}; expected () or ({frames},), one for each frame")
+    points = torch.where(shown.visible[..., None], shown.points, 0.0)
+    return PointTracks(points, shown.visible), camera.to("cpu", torch.float32)

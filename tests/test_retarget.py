@@ -1,0 +1,460 @@
+"""Retargeting: pairs by brute force, bands against dense algebra, gradients by differences, motions that come back."""
+
+import csv
+import itertools
+import json
+import math
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import kinesplat as ks
+from kinesplat import cli
+from kinesplat.errors import InputError
+from kinesplat.files import write_png
+from kinesplat.inverse.priors import Priors
+from kinesplat.inverse.rendered_tracks import follow_rendered, rendered_chamfer, rendered_tracks
+from kinesplat.inverse.retarget import demonstrated
+from kinesplat.inverse.retarget_result import Alignment
+from kinesplat.inverse.retargeting import between, limbs
+from kinesplat.inverse.surface_tracks import SurfaceTracks
+from kinesplat.inverse.track_matching import (
+    candidates,
+    chamfer,
+    equal_pairs,
+    frame_pairs,
+    mean_squared,
+    nearest_tracks,
+    track_pairs,
+)
+from kinesplat.inverse.track_objective import TrackObjective
+from kinesplat.inverse.trajectory import (
+    FrameBlocks,
+    Smoothness,
+    Trajectory,
+    band_matrix,
+    band_step,
+    solve_trajectory,
+    standard_deviations,
+)
+from kinesplat.video import read_frames
+from kinesplat.vision.correlation_tracker import CorrelationTracker
+from kinesplat.vision.point_tracks import PointTracks, lucas_kanade
+
+FRAMES, SIZE = 8, 128
+
+
+@pytest.fixture(scope="module")
+def arm(kinearm: ks.SelfModel) -> ks.SelfModel:
+    return kinearm.subsample(2_000)
+
+
+@pytest.fixture(scope="module")
+def motion(arm: ks.SelfModel) -> Tensor:
+    """A swing of every joint about a configuration that is not the canonical one."""
+    tree = arm.tree
+    span = torch.minimum(0.3 * (tree.q_upper - tree.q_lower), torch.tensor(0.5)).float()
+    t = torch.linspace(0.0, 1.0, FRAMES)[:, None]
+    middle = tree.q_canonical.float() + 0.25 * torch.linspace(-1.0, 1.0, tree.dof) * span
+    return tree.clamp(middle + span * torch.sin(2.0 * math.pi * 0.6 * t + torch.arange(tree.dof)))
+
+
+@pytest.fixture(scope="module")
+def camera(arm: ks.SelfModel, motion: Tensor) -> ks.Camera:
+    return ks.Camera.framing(arm.posed(motion).means.detach().flatten(0, 1), width=SIZE, height=SIZE)
+
+
+@pytest.fixture(scope="module")
+def surface(arm: ks.SelfModel, camera: ks.Camera) -> SurfaceTracks:
+    return SurfaceTracks.on(arm, camera, 400)
+
+
+@pytest.fixture(scope="module")
+def shown(arm: ks.SelfModel, camera: ks.Camera, motion: Tensor) -> PointTracks:
+    """What a perfect tracker would say of some of the splats."""
+    some = SurfaceTracks.on(arm, camera, 2_000)
+    chosen = torch.randperm(len(some.links), generator=torch.Generator().manual_seed(2))[:250]
+    return some.select(chosen).tracks(motion).seen()
+
+
+def random_tracks(n: int, seed: int) -> PointTracks:
+    generator = torch.Generator().manual_seed(seed)
+    visible = torch.rand(5, n, generator=generator) < 0.7
+    return PointTracks(60.0 * torch.rand(5, n, 2, generator=generator), visible)
+
+
+def test_pairs_in_every_frame_are_the_nearest() -> None:
+    """Eq. 10 by plain loops, with points that nobody sees far off and not chosen."""
+    a, b = random_tracks(9, 0), random_tracks(7, 1)
+    a = PointTracks(torch.where(a.visible[..., None], a.points, torch.nan), a.visible)
+    total = 0.0
+    for t in range(5):
+        x, y = a.points[t][a.visible[t]], b.points[t][b.visible[t]]
+        distance = torch.cdist(x, y).square()
+        total += float(distance.amin(dim=1).mean() + 0.5 * distance.amin(dim=0).mean())
+    assert chamfer(a, b, 0.5).item() == pytest.approx(total, rel=1e-4)
+    assert chamfer(a, a).item() == pytest.approx(0.0, abs=1e-3)
+    assert len(frame_pairs(a, b, 0.0).frame) == int((a.visible & b.visible.any(dim=1, keepdim=True)).sum())
+
+
+def test_pairs_of_whole_tracks() -> None:
+    a, b = random_tracks(9, 0), random_tracks(7, 1)
+    allowed = torch.rand(9, 7, generator=torch.Generator().manual_seed(2)) < 0.6
+    allowed[3] = False
+    away = (a.points[:, :, None] - b.points[:, None]).square().sum(dim=-1)
+    mean = (away * a.visible[..., None]).sum(dim=0) / a.visible.sum(dim=0)[:, None]
+    assert torch.allclose(mean_squared(a, b.points), mean, rtol=1e-3)
+    partner = torch.where(allowed, mean, torch.inf).argmin(dim=1)
+    index = nearest_tracks(a, b.points, allowed)
+    assert index[3] == -1
+    others = torch.arange(9) != 3
+    assert torch.equal(index[others], partner[others])
+    hard = track_pairs(a, b.points, allowed)
+    loss = (hard.weight * (b.points[hard.frame, hard.ours] - hard.target).square().sum(dim=-1)).sum()
+    n = (a.visible & others).sum(dim=1)
+    expected = sum(away[t, i, partner[i]] / n[t] for t in range(5) for i in range(9) if a.visible[t, i] and i != 3)
+    assert loss.item() == pytest.approx(float(expected), rel=1e-4)
+    soft = track_pairs(a, b.points, allowed, width=0.5)
+    again = (soft.weight * (b.points[soft.frame, soft.ours] - soft.target).square().sum(dim=-1)).sum()
+    assert again <= loss + 1e-3  # targets of one of our points are averaged
+    assert soft.weight.sum().item() == pytest.approx(hard.weight.sum().item(), rel=1e-5)
+
+
+def test_candidates_are_near_and_seen() -> None:
+    a, b = random_tracks(9, 0), random_tracks(7, 1)
+    allowed = candidates(a, b, 20.0)
+    first = a.visible.float().argmax(dim=0)
+    for i in range(9):
+        for j in range(7):
+            near = (a.points[first[i], i] - b.points[first[i], j]).norm() < 20.0
+            assert bool(allowed[i, j]) == bool(near and b.visible[first[i], j])
+
+
+def test_jacobian_of_pixels(surface: SurfaceTracks, motion: Tensor) -> None:
+    q = motion.double()
+    frame, point = torch.tensor([0, 3, 3, 7]), torch.tensor([5, 100, 311, 250])
+    where, J = surface.pixel_jacobian(q, frame, point)
+    step = torch.randn(q.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ends = [surface.pixels(surface.in_camera(q + sign * 1e-6 * step))[frame, point] for sign in (1, -1)]
+    assert torch.allclose((ends[0] - ends[1]) / 2e-6, (J @ step[frame][..., None])[..., 0], atol=1e-4)
+    assert torch.allclose(where, surface.pixels(surface.in_camera(q))[frame, point])
+
+
+def test_what_is_visible_is_what_is_rendered(arm: ks.SelfModel, surface: SurfaceTracks, motion: Tensor) -> None:
+    """At the pixel of a visible point the rendered link is the point's own or, at seams, one that it touches."""
+    tracks = surface.tracks(motion)
+    link = arm.render(motion, surface.camera, outputs=("link_id",)).link_id
+    assert link is not None
+    x, y = tracks.points.floor().long().clamp(0, SIZE - 1).unbind(-1)
+    seen = link[torch.arange(FRAMES)[:, None], y, x]
+    own = surface.links.expand(FRAMES, -1)
+    right = (seen == own) | (arm.tree.parents[own] == seen) | ((seen >= 0) & (arm.tree.parents[seen] == own))
+    assert right[tracks.visible].float().mean() > 0.97
+    assert 0.15 < tracks.visible.float().mean() < 0.6
+
+
+def test_points_slide_to_where_the_tracks_are(surface: SurfaceTracks, motion: Tensor) -> None:
+    target = surface.tracks(motion)
+    seen = target.visible.sum(dim=0) > 3
+    truth, target = surface.select(seen), target.select(seen)
+    off = torch.randn(truth.points.shape, generator=torch.Generator().manual_seed(0))
+    off = off - (off * truth.normals).sum(dim=-1, keepdim=True) * truth.normals
+    moved = SurfaceTracks(
+        truth.model, truth.camera, truth.links, truth.points + 0.002 * off, truth.normals, truth.tolerance
+    )
+    slid = moved
+    for _ in range(12):
+        slid = slid.slid(motion, target, 6.0)
+    before, after = ((s.points - truth.points).norm(dim=-1).median() for s in (moved, slid))
+    assert after < 0.5 * before
+
+
+def dense(blocks: FrameBlocks, ties: Smoothness) -> Tensor:
+    """The whole matrix of joints, shared variables left out, from what its parts say."""
+    frames, dof = blocks.gradient.shape
+    H = torch.block_diag(*blocks.hessian.double())
+    bend = torch.zeros((frames - 2) * dof, frames * dof, dtype=torch.float64)
+    for t in range(frames - 2):
+        for i, c in enumerate((1.0, -2.0, 1.0)):
+            rows, columns = slice(t * dof, (t + 1) * dof), slice((t + i) * dof, (t + i + 1) * dof)
+            bend[rows, columns] += c * torch.diag(ties.acceleration.double())
+    return H + bend.T @ bend + torch.diag(ties.rest.double().square().repeat(frames))
+
+
+def random_problem() -> tuple[FrameBlocks, Smoothness]:
+    generator = torch.Generator().manual_seed(4)
+    frames, dof, p = 6, 3, 2
+    J, S = torch.randn(frames, 20, dof, generator=generator), torch.randn(frames, 20, p, generator=generator)
+    blocks = FrameBlocks(
+        loss=1.0,
+        gradient=torch.randn(frames, dof, generator=generator),
+        hessian=J.mT @ J,
+        shared_gradient=torch.randn(p, generator=generator),
+        shared_hessian=(S.mT @ S).sum(dim=0),
+        mixed=J.mT @ S,
+    )
+    rest = torch.randn(dof, generator=generator)
+    return blocks, Smoothness(torch.rand(dof, generator=generator) + 0.5, torch.rand(dof, generator=generator), rest)
+
+
+def test_band_step_is_the_dense_solution() -> None:
+    blocks, ties = random_problem()
+    frames, dof = blocks.gradient.shape
+    held = torch.zeros(frames, dof, dtype=torch.bool)
+    held[2, 1] = True
+    step, shared = band_step(blocks, ties, blocks.gradient, held, 0.0)
+    mixed = blocks.mixed.flatten(0, 1).double()
+    whole = torch.cat(
+        [torch.cat([dense(blocks, ties), mixed], dim=1), torch.cat([mixed.T, blocks.shared_hessian.double()], dim=1)]
+    )
+    right = -torch.cat([blocks.gradient.flatten(), blocks.shared_gradient]).double()
+    free = torch.cat([~held.flatten(), torch.ones(len(shared), dtype=torch.bool)])
+    expected = torch.zeros_like(right)
+    expected[free] = torch.linalg.solve(whole[free][:, free], right[free])
+    assert torch.allclose(torch.cat([step.flatten(), shared]).double(), expected, atol=1e-5)
+
+
+def test_standard_deviations_are_those_of_the_dense_inverse() -> None:
+    blocks, ties = random_problem()
+    expected = (0.3 * torch.linalg.inv(dense(blocks, ties)).diagonal()).sqrt().reshape(blocks.gradient.shape)
+    assert torch.allclose(standard_deviations(blocks, ties, 0.3).double(), expected, rtol=1e-5)
+
+
+def test_smoothness_agrees_with_itself() -> None:
+    _, ties = random_problem()
+    q = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    double = Smoothness(ties.acceleration.double(), ties.rest.double(), ties.q_rest.double())
+    bend = q[2:] - 2.0 * q[1:-1] + q[:-2]
+    loss = (double.acceleration * bend).square().sum() + (double.rest * (q - double.q_rest)).square().sum()
+    (slope,) = torch.autograd.grad(loss, q)
+    assert double.loss(q.detach()) == pytest.approx(loss.item())
+    assert torch.allclose(2.0 * double.gradient(q.detach()), slope)
+    empty = FrameBlocks(0.0, q.detach(), torch.zeros(6, 3, 3), torch.zeros(0), torch.zeros(0, 0), torch.zeros(6, 3, 0))
+    bands = band_matrix(empty, double, torch.ones(6, 3, dtype=torch.float64), 0.0)
+    hessian = torch.autograd.functional.hessian(lambda x: double_loss(double, x), q.detach()).reshape(18, 18)
+    for k in range(7):
+        assert np.allclose(bands[6 - k, k:], 0.5 * hessian.diagonal(offset=k).numpy(), atol=1e-6)
+
+
+def double_loss(ties: Smoothness, q: Tensor) -> Tensor:
+    bend = q[2:] - 2.0 * q[1:-1] + q[:-2]
+    return (ties.acceleration * bend).square().sum() + (ties.rest * (q - ties.q_rest)).square().sum()
+
+
+@pytest.mark.parametrize("robust", [None, 5.0])
+def test_gradient_of_the_objective(
+    arm: ks.SelfModel, surface: SurfaceTracks, shown: PointTracks, motion: Tensor, robust: float | None
+) -> None:
+    """Joints and alignment against differences of the loss with the same pairs, self-collision included."""
+    q = motion.double() + 0.05
+    allowed = candidates(shown, surface.tracks(motion), 40.0)
+    priors = Priors.of(arm, self_collision=3.0)
+    objective = TrackObjective(shown, surface, lambda s, o, q: track_pairs(s, o, allowed, 4.0), robust, priors)
+    at = Trajectory(q, torch.tensor([0.1, -0.05, 0.02, -0.03], dtype=torch.float64))
+    blocks = objective.linearize(at)
+    assert objective.loss(at) == pytest.approx(blocks.loss, rel=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    for joints in (True, False):
+        dq = joints * torch.randn(q.shape, generator=generator, dtype=torch.float64)
+        da = (not joints) * torch.randn(4, generator=generator, dtype=torch.float64)
+        ends = [objective.loss(Trajectory(q + s * 1e-5 * dq, at.shared + s * 1e-5 * da)) for s in (1, -1)]
+        slope = 2.0 * ((blocks.gradient * dq).sum() + (blocks.shared_gradient * da).sum()).item()
+        assert slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=2e-3)
+
+
+def test_losses_fall_and_limits_hold(surface: SurfaceTracks, shown: PointTracks, motion: Tensor) -> None:
+    tree = surface.tree
+    some = surface.select(torch.arange(shown.points.shape[1]))
+    objective = TrackObjective(shown, some, lambda s, o, q: equal_pairs(s))  # nonsense partners: limits are reached
+    ties = Smoothness(torch.full((tree.dof,), 0.3), torch.full((tree.dof,), 0.03), tree.q_canonical.float())
+    start = Trajectory(motion, torch.zeros(0))
+    at, losses = solve_trajectory(objective.linearize, objective.loss, start, tree, ties, 15)
+    assert all(b <= a + 1e-6 for a, b in itertools.pairwise(losses))
+    assert torch.equal(tree.clamp(at.q), at.q)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def off(arm: ks.SelfModel, q: Tensor, truth: Tensor) -> Tensor:
+    """Distance of the last link's frame [m]."""
+    Ts = [arm.tree.forward_kinematics(x)[:, -1, :3, 3] for x in (q, truth)]
+    return (Ts[0] - Ts[1]).norm(dim=-1)
+
+
+def test_a_motion_from_tracks_alone(arm: ks.SelfModel, camera: ks.Camera, shown: PointTracks, motion: Tensor) -> None:
+    """No start, no correspondence: tracks of a perfect tracker give the motion back."""
+    fit = ks.retarget(arm, shown, camera, starts=2)
+    assert fit.verdict == "followed"
+    assert off(arm, fit.q, motion).median() < 0.01
+    assert fit.q.shape == motion.shape
+    assert fit.std is not None
+    assert fit.std.shape == motion.shape
+    assert fit.hypotheses[0].loss <= fit.hypotheses[-1].loss
+    assert "8 frames" in fit.report()
+    assert len(fit.level_starts) > 5
+    json.dumps(fit.to_json(), allow_nan=False)
+
+
+@pytest.mark.slow
+def test_a_known_first_frame_and_a_moving_camera(
+    arm: ks.SelfModel, camera: ks.Camera, shown: PointTracks, motion: Tensor
+) -> None:
+    fit = ks.retarget(arm, shown, camera, q_init=motion[0] + 0.05)
+    assert off(arm, fit.q, motion).median() < 0.03
+    K, T = camera.K.expand(FRAMES, 3, 3), camera.T_cam_world.repeat(FRAMES, 1, 1)
+    T[:, 0, 3] += torch.linspace(0.0, 0.1, FRAMES)
+    cameras = ks.Camera(K, T, SIZE, SIZE)
+    some = SurfaceTracks.on(arm, cameras, 2_000)
+    fit = ks.retarget(arm, some.select(torch.arange(0, len(some.links), 8)).tracks(motion), cameras, q_init=motion[0])
+    assert off(arm, fit.q, motion).median() < 0.03
+
+
+@pytest.mark.slow
+def test_another_size_and_place(arm: ks.SelfModel, camera: ks.Camera, shown: PointTracks, motion: Tensor) -> None:
+    """A demonstration that was shrunk and moved is brought back."""
+    away = Alignment(0.7, 0.1, (12.0, -9.0))
+    moved = PointTracks(away.apply(shown.points, SIZE, SIZE), shown.visible)
+    fit = ks.retarget(arm, moved, camera, q_init=motion[0], align=True)
+    assert fit.alignment.scale == pytest.approx(1.0 / 0.7, rel=0.06)
+    assert fit.alignment.angle_rad == pytest.approx(-0.1, abs=0.05)
+    back = fit.alignment.apply(moved.points, SIZE, SIZE)
+    assert (back - shown.points).norm(dim=-1)[shown.visible].median() < 4.0
+    assert off(arm, fit.q, motion).median() < 0.05
+    assert "demonstration times" in fit.report()
+
+
+@pytest.mark.slow
+def test_chamfer_frame_by_frame(arm: ks.SelfModel, camera: ks.Camera, shown: PointTracks, motion: Tensor) -> None:
+    fit = ks.retarget(arm, shown, camera, q_init=motion + 0.06, objective="frames")
+    assert fit.loss_history[-1] < fit.loss_history[0]
+    every = SurfaceTracks.on(arm, camera, 2_000)
+    values = [chamfer(shown, every.tracks(q), 0.1).item() for q in (fit.q, arm.tree.clamp(motion + 0.06))]
+    assert values[0] < 0.5 * values[1]
+
+
+def test_gradient_of_the_paper_objective(kinearm: ks.SelfModel, motion: Tensor, camera: ks.Camera) -> None:
+    """Through rendering, tracker and Chamfer distance, in double precision, against differences."""
+    model = kinearm.subsample(150).to(dtype=torch.float64)
+    small = camera.resized(40, 40).to(dtype=torch.float64)
+    tracker = CorrelationTracker(channels=8, radius=3).double()
+    q = motion[:2].double()
+    target = rendered_tracks(model, small, tracker, q + 0.05)
+    places = target.points[0][::4].detach()
+
+    def loss(q: Tensor) -> Tensor:
+        return chamfer(target, rendered_tracks(model, small, tracker, q, places))
+
+    q = q.requires_grad_()
+    (slope,) = torch.autograd.grad(loss(q), q)
+    step = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        ends = [loss(q + sign * 1e-6 * step).item() for sign in (1, -1)]
+    assert (slope * step).sum().item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-3)
+
+
+def test_tracks_of_rendered_frames_move_as_the_surface(
+    kinearm: ks.SelfModel, camera: ks.Camera, motion: Tensor
+) -> None:
+    """The derivative of a tracked point by the joints is that of the surface under it."""
+    surface = SurfaceTracks.on(kinearm, camera, 3_000)
+    q = (motion[0] + torch.tensor([[0.0], [0.02]])).requires_grad_()
+    tracks = rendered_tracks(kinearm, camera, lucas_kanade, q)
+    start = surface.tracks(q.detach())
+    near = torch.cdist(tracks.points[0].detach(), start.points[0]).masked_fill(~start.visible[0], torch.inf).min(dim=1)
+    index = near.indices[(near.values < 1.5) & tracks.visible[1]]
+    rows = torch.nonzero((near.values < 1.5) & tracks.visible[1])[:, 0]
+    _, J = surface.pixel_jacobian(q.detach(), torch.ones_like(index), index)
+    moving = J.norm(dim=(1, 2)) > 20.0
+    rows, J = rows[moving][:12], J[moving][:12]
+    slopes = [torch.autograd.grad(tracks.points[1, i].sum(), q, retain_graph=True)[0][1] for i in rows.tolist()]
+    cosine = torch.nn.functional.cosine_similarity(torch.stack(slopes), J.sum(dim=1), dim=-1)
+    assert len(rows) > 5
+    assert cosine.median() > 0.8
+
+
+@pytest.mark.slow
+def test_the_paper_objective_improves(arm: ks.SelfModel, camera: ks.Camera, motion: Tensor) -> None:
+    """Demonstration tracked by Lucas-Kanade; ours by a small differentiable tracker, then by Lucas-Kanade, too."""
+    frames = arm.render(motion[:4], camera).rgb
+    assert frames is not None
+    start = motion[:4] + 0.04 * torch.randn(4, arm.tree.dof, generator=torch.Generator().manual_seed(0))
+    with patch("kinesplat.inverse.retarget.follow_rendered", partial(follow_rendered, steps=6)):
+        fit = ks.retarget(arm, frames, camera, q_init=start, objective="rendered", tracker=CorrelationTracker())
+    assert fit.std is None
+    assert len(fit.loss_history) == 6
+    assert min(fit.loss_history) < fit.loss_history[0]
+    surface = SurfaceTracks.on(arm, camera, 500)
+    ties = Smoothness(torch.zeros(arm.tree.dof), torch.zeros(arm.tree.dof), start)
+    shown, _ = demonstrated(frames, camera, None, lucas_kanade)
+    _, losses = follow_rendered(surface, shown, lucas_kanade, start, ties, steps=12)
+    assert min(losses) < losses[0]
+    with pytest.raises(InputError, match="without gradients"):
+        rendered_chamfer(arm, camera, shown, lambda f, q: lucas_kanade(f.detach(), q), motion[:4].requires_grad_())
+
+
+def test_limbs_and_thinned_motions(kinearm: ks.SelfModel) -> None:
+    hand = ks.zoo.load("shadow_hand").tree
+    blocks = [[hand.joint_names[i] for i in block] for block in limbs(hand)]
+    assert ["rh_LFJ5", "rh_LFJ4", "rh_LFJ3", "rh_LFJ2", "rh_LFJ1"] in blocks
+    assert ["rh_WRJ2", "rh_WRJ1"] in blocks
+    assert sorted(joint for limb in limbs(kinearm.tree) for joint in limb) == list(range(kinearm.tree.dof))
+    q = torch.arange(7.0)[:, None].expand(-1, 2)
+    assert torch.allclose(between(q[[0, 3, 6]], torch.tensor([0, 3, 6]), 7), q)
+
+
+def test_command(
+    arm: ks.SelfModel, camera: ks.Camera, motion: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """From a folder of pictures to a table and a film, and from the saved tracks to the same table."""
+    motion = between(motion[:2], torch.tensor([0, 2 * FRAMES - 1]), FRAMES)
+    frames = arm.render(motion, camera).rgb
+    assert frames is not None
+    (tmp_path / "frames").mkdir()
+    for i, picture in enumerate(frames):
+        write_png(tmp_path / "frames" / f"{i:03}.png", picture)
+    arm.save(tmp_path / "arm.safetensors")
+    (tmp_path / "camera.json").write_text(json.dumps(camera.to_json()))
+    words = ["kinesplat", "retarget", str(tmp_path / "arm.safetensors")]
+    common = ["--camera", str(tmp_path / "camera.json"), "--q-init", *(f"{v:.4f}" for v in motion[0].tolist())]
+    first = ["-o", str(tmp_path / "a.csv"), "--film", str(tmp_path / "a.gif"), "--json", str(tmp_path / "a.json")]
+    tracks = ["--save-tracks", str(tmp_path / "a.npz")]
+    with patch("sys.argv", [*words, str(tmp_path / "frames"), *common, *first, *tracks]):
+        cli.main()
+    assert "followed: 8 frames" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    found = torch.tensor([[float(row[name]) for name in arm.tree.joint_names] for row in rows])
+    assert off(arm, found, motion).median() < 0.03
+    pictures = list(read_frames(tmp_path / "a.gif"))
+    assert len(pictures) == FRAMES
+    assert pictures[0].shape == (SIZE, 3 * SIZE, 3)
+    with patch("sys.argv", [*words, str(tmp_path / "a.npz"), *common, "-o", str(tmp_path / "b.csv")]):
+        cli.main()
+    assert (tmp_path / "b.csv").read_bytes() == (tmp_path / "a.csv").read_bytes()
+    with patch("sys.argv", [*words, str(tmp_path / "a.npz"), "-o", str(tmp_path / "b.csv")]), pytest.raises(SystemExit):
+        cli.main()
+    assert "tracks need --camera" in capsys.readouterr().err
+    with patch("sys.argv", [*words, str(tmp_path / "frames"), *common, "--this-robot"]), pytest.raises(SystemExit):
+        cli.main()
+    assert "give one of them" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_bad_input(arm: ks.SelfModel, camera: ks.Camera, shown: PointTracks, motion: Tensor) -> None:
+    with pytest.raises(InputError, match="unknown objective 'track': did you mean 'tracks'"):
+        ks.retarget(arm, shown, camera, objective="track")
+    with pytest.raises(InputError, match=r"expected a kinesplat\.Camera"):
+        ks.retarget(arm, shown, None)
+    with pytest.raises(InputError, match=r"expected \(dof,\) or \(8, dof\)"):
+        ks.retarget(arm, shown, camera, q_init=motion[:3])
+    with pytest.raises(InputError, match="0 tracks are seen twice"):
+        ks.retarget(arm, PointTracks(shown.points, torch.zeros_like(shown.visible)), camera)
+    with pytest.raises(InputError, match="batch shape"):
+        ks.retarget(arm, shown, ks.Camera(camera.K, camera.T_cam_world.repeat(3, 1, 1), SIZE, SIZE))
+    with pytest.raises(InputError, match="expected 0 or more"):
+        ks.retarget(arm, shown, camera, smoothness=-1.0)
+    with pytest.raises(InputError, match="no frame"):
+        ks.retarget(arm, [], camera)

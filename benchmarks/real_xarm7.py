@@ -1,13 +1,13 @@
 """Fit photographs of a real xArm7: `python benchmarks/real_xarm7.py FOLDER` (needs MENAGERIE_ROOT).
 
-FOLDER holds annotations.json (K [px], T_cam_base, joint angles [rad] per frame), image_*.png and mask_*.png. No
-fit is given a start; the labels only score it. Then the camera from known joints: all frames together, and each alone.
-Pictures go to ./real_xarm7.
+FOLDER holds annotations.json (K [px], T_cam_base, joint angles [rad] per frame), image_*.png and mask_*.png. Every
+frame is fitted without a start and from the canonical configuration; the labels only score. Then the camera from known
+joints: all frames together, and each alone. `--frames 0 4` takes some of them. Pictures go to ./real_xarm7.
 """
 
+import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -18,9 +18,15 @@ from kinesplat.inverse.camera_search import angles_between
 from kinesplat.report import write_fit_pictures
 
 ROBOT = "ufactory_xarm7/xarm7_nohand.xml"
+OUT = Path("real_xarm7")
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--frames", type=int, nargs="+", help="numbers of the frames; default: all")
+    arguments = parser.parse_args()
+    folder = arguments.folder
     labels = json.loads((folder / "annotations.json").read_text())
     robot = ks.load_description(ROBOT)
     model = ks.SelfModel.from_description(robot, n=20_000)
@@ -28,32 +34,40 @@ def main(folder: Path) -> None:
     T_world_base = tree.forward_kinematics(tree.q_canonical)[tree.link_names.index("link_base")].float()
     T_cam_world = torch.tensor(labels["T_cam_base"]) @ torch.linalg.inv(T_world_base)
     camera = ks.Camera(torch.tensor(labels["K"]), T_cam_world, *labels["image_size"])
-    out = Path("real_xarm7")
-    out.mkdir(exist_ok=True)
-    head = ["frame", "canonical off [deg]", "joints 1-6 off [deg]", "joint 7 off [deg]", "IoU at labels", "IoU of fit"]
-    print("| " + " | ".join([*head, "verdict", "s"]) + " |\n" + "|---" * 8 + "|")
-    for frame in labels["frames"]:
-        image, mask = read_image(folder / frame["image"]), read_mask(folder / frame["image"].replace("image", "mask"))
-        truth = torch.tensor(frame["q"])
-        fit = ks.reconstruct(model, image, camera, masks=mask)
-        turned = torch.remainder(fit.q - truth + math.pi, 2.0 * math.pi) - math.pi  # full turns look alike
-        degrees = turned.abs() * 180.0 / math.pi
-        start = ((tree.q_canonical - truth).abs() * 180.0 / math.pi)[:6].mean()
-        ious = [overlap(model.render(q, camera).alpha, mask) for q in (truth, fit.q)]
-        row = [
-            frame["image"],
-            f"{start:.0f}",
-            f"{degrees[:6].mean():.1f}",
-            f"{degrees[6]:.1f}",
-            *(f"{v:.3f}" for v in ious),
-        ]
-        print("| " + " | ".join([*row, fit.verdict, f"{fit.seconds:.1f}"]) + " |", flush=True)
-        write_fit_pictures(model, image, fit, out, Path(frame["image"]).stem)
+    numbers = arguments.frames
+    frames = [f for f in labels["frames"] if numbers is None or f["image"] in [f"image_{n}.png" for n in numbers]]
+    head = ["frame", "start", "start off [deg]", "joints 1-6 off [deg]", "joint 7 off [deg]", "IoU at labels"]
+    print("| " + " | ".join([*head, "IoU of fit", "verdict", "weak", "s"]) + " |\n" + "|---" * 10 + "|")
+    for frame in frames:
+        for start in ("none", "canonical"):
+            print(fitted(model, folder, frame, camera, start), flush=True)
     print("\n| frames | camera off [mm] | base off [mm] | camera off [deg] | mean IoU | jackknife [mm] | verdict | s |")
     print("|---" * 8 + "|")
-    frames = labels["frames"]
     for some in (frames, *([frame] for frame in frames)):
         print(calibrated(model, folder, some, camera), flush=True)
+
+
+def fitted(model: ks.SelfModel, folder: Path, frame: dict, camera: ks.Camera, start: str) -> str:
+    """A row: the joints from one frame and its mask."""
+    image, mask = read_image(folder / frame["image"]), read_mask(folder / frame["image"].replace("image", "mask"))
+    truth, canonical = torch.tensor(frame["q"]), model.tree.q_canonical
+    fit = ks.reconstruct(model, image, camera, masks=mask, q_init=None if start == "none" else canonical)
+    turned = torch.remainder(fit.q - truth + math.pi, 2.0 * math.pi) - math.pi  # full turns look alike
+    degrees = turned.abs() * 180.0 / math.pi
+    off = ((canonical - truth).abs() * 180.0 / math.pi)[:6].mean()
+    write_fit_pictures(model, image, fit, OUT, f"{Path(frame['image']).stem}_{start}")
+    row = [
+        frame["image"],
+        start,
+        f"{off:.0f}",
+        f"{degrees[:6].mean():.1f}",
+        f"{degrees[6]:.1f}",
+        *(f"{overlap(model.render(q, camera).alpha, mask):.3f}" for q in (truth, fit.q)),
+        fit.verdict,
+        ", ".join(fit.weak_variables),
+        f"{fit.seconds:.1f}",
+    ]
+    return "| " + " | ".join(row) + " |"
 
 
 def calibrated(model: ks.SelfModel, folder: Path, frames: list[dict], truth: ks.Camera) -> str:
@@ -84,4 +98,5 @@ def overlap(alpha: torch.Tensor | None, mask: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    OUT.mkdir(exist_ok=True)
+    main()

@@ -12,7 +12,15 @@ from kinesplat.inverse.observation import Observation
 from kinesplat.inverse.photograph import light_of
 from kinesplat.rasterizer import rasterize_links
 
-LIGHT = Light(torch.tensor([[0.5, 0.45, 0.4], [0.1, 0.1, 0.05], [-0.05, 0.0, 0.05], [0.2, 0.2, 0.25]]))
+FIRST = torch.tensor([[0.5, 0.45, 0.4], [0.1, 0.1, 0.05], [-0.05, 0.0, 0.05], [0.2, 0.2, 0.25]])
+SECOND = torch.tensor([[0.03, -0.04, 0.02, 0.05, -0.03]]).T.expand(5, 3)
+
+
+def light_for(model: ks.SelfModel) -> Light:
+    """A light from a side, in which every second link is darker than the model has it."""
+    gains = torch.ones(len(model.tree.link_names))
+    gains[::2] = 0.8
+    return Light(torch.cat([FIRST, SECOND]), gains)
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +30,11 @@ def arm(kinearm: ks.SelfModel) -> ks.SelfModel:
 
 @pytest.fixture(scope="module")
 def scene(arm: ks.SelfModel) -> tuple[torch.Tensor, ks.Camera, Observation]:
-    """A configuration, a camera, and the picture under `LIGHT`."""
+    """A configuration, a camera, and the picture in `light_for` the arm."""
     q = arm.tree.q_canonical.float()
     camera = ks.Camera.framing(arm.posed(q).means, width=96, height=96)
     Ts = arm.tree.forward_kinematics(q)
-    lit = LIGHT.shine_on(arm.parameters.activate(), arm.link_index, Ts)
+    lit = light_for(arm).shine_on(arm.parameters.activate(), arm.link_index, Ts)
     out = rasterize_links(lit, arm.link_index, Ts, camera, eps2d=arm.eps2d)
     assert out.rgb is not None
     assert out.alpha is not None
@@ -47,14 +55,37 @@ def test_light_found_again(arm: ks.SelfModel, scene: tuple[torch.Tensor, ks.Came
     q, camera, seen = scene
     found = fit_light(arm, seen, q, camera.T_cam_world[None])
     assert found is not None
-    assert (found.coefficients - LIGHT.coefficients).abs().max() < 0.06
+    at = Configurations(arm.tree, q[None], camera.T_cam_world[None, None], False)
+    errors = [
+        PhotometricObjective(arm, seen, light=light).difference(at)[..., :3].square().mean()
+        for light in (found, light_for(arm), replace(found, gains=torch.ones_like(found.gains)))
+    ]
+    assert errors[0] < 1e-4
+    assert errors[1] < 1e-4
+    assert errors[2] > 10.0 * errors[0]
+
+
+def test_a_light_for_every_configuration(arm: ks.SelfModel, scene: tuple[torch.Tensor, ks.Camera, Observation]) -> None:
+    """Of a batch of lights each shines on its own configuration."""
+    q, camera, seen = scene
+    T, light = camera.T_cam_world[None, None], light_for(arm)
+    dark = replace(light, coefficients=0.5 * light.coefficients)
+    both = PhotometricObjective(arm, seen, robust=0.3, light=Light.stacked([light, dark]))
+    twice = Configurations(arm.tree, torch.stack([q, q]), T.expand(2, -1, -1, -1), False)
+    alone = [
+        PhotometricObjective(arm, seen, robust=0.3, light=one).linearize(Configurations(arm.tree, q[None], T, False))
+        for one in (light, dark)
+    ]
+    found = both.linearize(twice)
+    torch.testing.assert_close(found.loss, torch.cat([a.loss for a in alone]))
+    torch.testing.assert_close(found.hessian, torch.cat([a.hessian for a in alone]), rtol=1e-4, atol=1e-6)
 
 
 def test_the_light_explains_its_picture(arm: ks.SelfModel, scene: tuple[torch.Tensor, ks.Camera, Observation]) -> None:
     """Loss near zero at the truth, the gradient too; away from it the robust gradient follows the loss."""
     q, camera, seen = scene
     at = Configurations(arm.tree, q[None], camera.T_cam_world[None, None], False)
-    objective = PhotometricObjective(arm, seen, light=LIGHT, robust=0.3)
+    objective = PhotometricObjective(arm, seen, light=light_for(arm), robust=0.3)
     truth = objective.linearize(at)
     assert truth.loss.item() < 1e-4
     step = torch.zeros(1, arm.tree.dof)

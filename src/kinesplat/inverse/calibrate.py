@@ -13,7 +13,7 @@ from kinesplat.camera import Camera
 from kinesplat.errors import InputError, unknown
 from kinesplat.inverse.backdrop import median_backdrop
 from kinesplat.inverse.calibration import CalibrationObjective, CameraGuesses, Level, Rig, at_level, base_in_world
-from kinesplat.inverse.calibration_result import CalibrationResult, summary
+from kinesplat.inverse.calibration_result import CalibrationResult, explained, summary
 from kinesplat.inverse.camera_search import find_camera
 from kinesplat.inverse.levenberg_marquardt import Solution, levenberg_marquardt
 from kinesplat.inverse.observation import ImageLike, Observation, plain_background
@@ -23,6 +23,7 @@ from kinesplat.self_model import SelfModel
 NEAR_LEVELS = (Level(64, 3_000, 15), Level(128, 3_000, 15))
 FINE_LEVELS = (Level(256, 1_000_000, 30, 0.5), Level(512, 1_000_000, 15, 0.25))
 FINEST_IMAGES = 30
+SEARCHES = 3
 REFIT_ITERATIONS = 6
 SPREAD_GROUPS = 10
 DROPPED_RATIO = 2.0
@@ -81,14 +82,8 @@ def calibrate(
     full, seen = observed(images, masks, K, rig, backdrop)
     objective = CalibrationObjective(model, seen, full, device=device)
     with Progress(disable=not progress, transient=True) as bar:
-        if T_cam_base_init is None:
-            generator = torch.Generator().manual_seed(seed)
-            found = [find_camera(*one_camera(objective, rig, c), K[c], generator, bar) for c in range(len(K))]
-        else:
-            T = checked_transforms(T_cam_base_init, rig)
-            found = [T[c : c + 1] for c in range(len(K))]
-        guesses = combinations(rig, K, found)
-        solutions, finest = sharpened(objective, guesses, T_cam_base_init is None, bar)
+        given = None if T_cam_base_init is None else checked_transforms(T_cam_base_init, rig)
+        solutions, finest = looked_for(objective, rig, K, given, seed, bar)
         groups = spread_groups(rig)
         task = bar.add_task("leaving images out", total=len(groups))
         without = []
@@ -96,6 +91,30 @@ def calibrate(
             without.append(refitted(finest, solutions[-1], rows))
             bar.advance(task)
     return summary(finest, solutions, without, groups, time.perf_counter() - began)
+
+
+def looked_for(
+    objective: CalibrationObjective,
+    rig: Rig,
+    K: Float[Tensor, "cams 3 3"],
+    T_init: Float[Tensor, "cams 4 4"] | None,
+    seed: int,
+    bar: Progress,
+) -> tuple[list[Solution[CameraGuesses]], CalibrationObjective]:
+    """The cameras, from a guess or from none, and the objective of the last level.
+
+    A search that does not explain the images is done again from other random rotations, twice at most.
+    """
+    if T_init is not None:
+        return sharpened(objective, combinations(rig, K, [T[None] for T in T_init]), False, bar)
+    answers = []
+    for number in range(SEARCHES):
+        generator = torch.Generator().manual_seed(seed + number)
+        found = [find_camera(*one_camera(objective, rig, c), K[c], generator, bar) for c in range(len(K))]
+        answers.append(sharpened(objective, combinations(rig, K, found), True, bar))
+        if explained(*answers[-1]):
+            break
+    return min(answers, key=lambda answer: answer[0][-1].linearization.loss.min().item())
 
 
 def checked_rig(

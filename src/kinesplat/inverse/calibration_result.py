@@ -200,7 +200,7 @@ def summary(
         spread_deg=_jackknife([deg for _, deg in shifts], rig.cameras),
         images=qualities,
         hypotheses=hypotheses,
-        verdict=verdict_of(finest, hypotheses, qualities),
+        verdict=verdict_of(explained(solutions, finest), hypotheses),
         seconds=seconds,
     )
 
@@ -258,6 +258,14 @@ def _jackknife(shifts: list[Tensor], cameras: int) -> tuple[float, ...]:
 def image_qualities(
     finest: CalibrationObjective, best: CameraGuesses, shifts: list[tuple[Tensor, Tensor]], groups: list[Tensor]
 ) -> tuple[ImageQuality, ...]:
+    """How well every image is explained, and how far the answer without it is off the full one.
+
+    Args:
+        finest: objective of the last level.
+        best: the answer.
+        shifts: of the answers without each of `groups`, see `camera_shifts`.
+        groups: the images that were left out together.
+    """
     rgb, alpha = finest.render(best)
     losses = finest.losses(rgb, alpha)[0][0].tolist()
     ious = silhouette_iou(alpha[0].cpu(), finest.observation.silhouette()).tolist()
@@ -270,15 +278,18 @@ def image_qualities(
     return tuple(qualities)
 
 
-def verdict_of(
-    finest: CalibrationObjective, hypotheses: tuple[CameraHypothesis, ...], images: tuple[ImageQuality, ...]
-) -> str:
-    """``failed`` where silhouettes disagree; with a backdrop, which has none, where pictures are not explained."""
-    if finest.observation.backdrop is None:
-        failed = sum(image.iou for image in images) / len(images) < IOU_FAILURE
-    else:
-        failed = hypotheses[0].loss > UNEXPLAINED_FAILURE * finest.empty_loss
-    if failed:
+def explained(solutions: list[Solution[CameraGuesses]], finest: CalibrationObjective) -> bool:
+    """Whether silhouettes agree on the average; before a backdrop, where there are none, whether the pictures do."""
+    best = solutions[-1].linearization.loss.argmin()
+    if finest.observation.backdrop is not None:
+        return solutions[-1].linearization.loss[best].item() <= UNEXPLAINED_FAILURE * finest.empty_loss
+    _, alpha = finest.render(solutions[-1].state.select(best[None]))
+    return silhouette_iou(alpha[0].cpu(), finest.observation.silhouette()).mean().item() >= IOU_FAILURE
+
+
+def verdict_of(explains: bool, hypotheses: tuple[CameraHypothesis, ...]) -> str:
+    """``failed`` where images are not explained, ``ambiguous`` where another answer explains them nearly as well."""
+    if not explains:
         return "failed"
     if len(hypotheses) > 1 and hypotheses[1].loss < AMBIGUOUS_RATIO * hypotheses[0].loss:
         return "ambiguous"

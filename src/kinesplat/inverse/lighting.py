@@ -1,5 +1,6 @@
 """The light of a photograph: what turns a model's colours, made under a headlight, into those of the picture."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,22 +17,26 @@ from kinesplat.self_model import SelfModel
 
 ROUNDS = 6
 OUTLIER = 0.15
-RIDGE = 1e-3
+RIDGE, GAIN_RIDGE = 1e-3, 1.0
 INSIDE = 0.95
+FEWEST_PX = 50
 
 
 @dataclass(frozen=True)
 class Light:
-    """Irradiance that depends on the direction of the surface alone, to first order.
+    """Irradiance that depends on the direction of the surface alone, to second order, and a gain for every link.
 
-    A surface of albedo a and world normal n shows ``a * (c0 + c1 n_x + c2 n_y + c3 n_z)`` per colour channel: the
-    spherical harmonics of degree 1 of the light around (Ramamoorthi & Hanrahan 2001), without shadows and highlights.
+    A surface of albedo a and world normal n on link l shows ``g_l a * (c . Y(n))`` per colour channel, Y the nine
+    polynomials of `basis`: matt surfaces show no more of the light around (Ramamoorthi & Hanrahan 2001), without
+    shadows and highlights. The gains make good for materials that the description has brighter or darker.
 
     Attributes:
-        coefficients: ``(4, 3)`` c, per channel.
+        coefficients: ``(*batch, 9, 3)`` c, per channel.
+        gains: ``(*batch, links)`` g.
     """
 
-    coefficients: Float[Tensor, "4 3"]
+    coefficients: Float[Tensor, "*batch 9 3"]
+    gains: Float[Tensor, "*batch links"]
 
     def shine_on(
         self,
@@ -42,8 +47,8 @@ class Light:
         """The splats of every configuration in this light, with one colour each; batch ``*batch``."""
         normals = normals_of(splats)
         turned = (Ts_world_link[..., link_index, :3, :3].to(normals) @ normals[..., None])[..., 0]
-        basis = torch.cat([torch.ones_like(turned[..., :1]), turned], dim=-1)
-        colours = albedo_of(splats) * (basis @ self.coefficients.to(basis))
+        coefficients, gains = (t.to(turned) for t in (self.coefficients, self.gains))
+        colours = gains[..., link_index, None] * albedo_of(splats) * (basis(turned) @ coefficients)
         batch = colours.shape[:-2]
         fields = {name: getattr(splats, name) for name in ("means", "quats", "scales", "opacities")}
         return replace(
@@ -52,6 +57,18 @@ class Light:
             sh=((colours - 0.5) / SH_C0)[..., None, :],
             sh_direction="splat",
         )
+
+    @classmethod
+    def stacked(cls, lights: Sequence["Light"]) -> "Light":
+        """One light for each element of a batch of configurations with one axis of views."""
+        coefficients = torch.stack([light.coefficients for light in lights])[:, None]
+        return cls(coefficients, torch.stack([light.gains for light in lights])[:, None])
+
+
+def basis(n: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 9"]:
+    """Polynomials of a normal up to the second degree: spherical harmonics but for constant factors."""
+    x, y, z = n.unbind(-1)
+    return torch.stack([torch.ones_like(x), x, y, z, x * y, y * z, x * z, x * x - y * y, 3.0 * z * z - 1.0], dim=-1)
 
 
 def fit_light(
@@ -64,20 +81,23 @@ def fit_light(
     splats, Ts = model.parameters.activate(), model.tree.forward_kinematics(q)
     camera = Camera(seen.camera.K, T_cam_world, seen.camera.width, seen.camera.height)
     turned = (Ts[model.link_index, :3, :3].to(splats.means) @ normals_of(splats)[..., None])[..., 0]
-    pictures = []
+    pictures, links = [], torch.zeros(0)
     for values in (albedo_of(splats), 0.5 + 0.5 * turned):
         plain = replace(splats, sh=((values - 0.5) / SH_C0)[:, None], sh_direction="splat")
-        out = rasterize_links(plain, model.link_index, Ts, camera, (0.0, 0.0, 0.0), eps2d=model.eps2d)
+        outputs = ("rgb", "alpha", "link_id")
+        out = rasterize_links(plain, model.link_index, Ts, camera, (0.0, 0.0, 0.0), eps2d=model.eps2d, outputs=outputs)
         assert out.rgb is not None
         assert out.alpha is not None
+        assert out.link_id is not None
         pictures.append(out.rgb / out.alpha.clamp(min=1e-3)[..., None])
-        inside = out.alpha > INSIDE
+        inside, links = out.alpha > INSIDE, out.link_id
     if seen.mask is not None:
         inside = inside & (seen.mask > INSIDE)
-    if int(inside.sum()) < 50:
+    inside = inside & (links >= 0)
+    if int(inside.sum()) < FEWEST_PX:
         return None
     albedo, normals, colours = pictures[0][inside], 2.0 * pictures[1][inside] - 1.0, seen.rgb[inside]
-    return Light(_robust_regression(torch.cat([torch.ones_like(normals[:, :1]), normals], dim=1), albedo, colours))
+    return _regression(basis(normals), albedo, colours, links[inside].long(), len(model.tree.link_names))
 
 
 def normals_of(splats: Gaussians) -> Float[Tensor, "n 3"]:
@@ -91,17 +111,24 @@ def albedo_of(splats: Gaussians) -> Float[Tensor, "n 3"]:
     return sh_to_rgb(splats.sh, -normals_of(splats))
 
 
-def _robust_regression(
-    basis: Float[Tensor, "m 4"], albedo: Float[Tensor, "m 3"], colours: Float[Tensor, "m 3"]
-) -> Float[Tensor, "4 3"]:
-    """Least squares of every channel, weighted anew some times so that outliers lose their say."""
-    weight = torch.ones(len(basis))
-    solution = torch.zeros(4, 3)
+def _regression(
+    columns: Float[Tensor, "m 9"],
+    albedo: Float[Tensor, "m 3"],
+    colours: Float[Tensor, "m 3"],
+    links: Int[Tensor, " m"],
+    count: int,
+) -> Light:
+    """Least squares of the light and of the gains in turn, weighted anew every time so that outliers lose their say."""
+    weight, gains = torch.ones(len(columns)), torch.ones(count)
     for _ in range(ROUNDS):
-        columns = basis[..., None] * albedo[:, None]
-        hessian = torch.einsum("mac,mbc,m->cab", columns, columns, weight) + RIDGE * len(basis) * torch.eye(4)
-        gradient = torch.einsum("mac,mc,m->ca", columns, colours, weight)
-        solution = torch.linalg.solve(hessian, gradient[..., None])[..., 0].T
-        predicted = torch.einsum("mac,ac->mc", columns, solution)
-        _, weight = geman_mcclure((predicted - colours).square().sum(dim=1), OUTLIER)
-    return solution
+        own = gains[links, None] * albedo
+        terms = columns[..., None] * own[:, None]
+        hessian = torch.einsum("mac,mbc,m->cab", terms, terms, weight) + RIDGE * len(columns) * torch.eye(9)
+        gradient = torch.einsum("mac,mc,m->ca", terms, colours, weight)
+        coefficients = torch.linalg.solve(hessian, gradient[..., None])[..., 0].T
+        shown = albedo * (columns @ coefficients)
+        _, weight = geman_mcclure((gains[links, None] * shown - colours).square().sum(dim=1), OUTLIER)
+        ones = torch.zeros(count) + GAIN_RIDGE
+        product = ones.index_add(0, links, weight * (shown * colours).sum(dim=1))
+        gains = product / ones.index_add(0, links, weight * shown.square().sum(dim=1))
+    return Light(coefficients, gains)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -51,7 +51,7 @@ class Options:
     """
 
     dataset: tyro.conf.Positional[Path]
-    output: Path
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     steps: int = 2400
     gaussians: int = 12_000
     methods: tuple[Method, ...] = field(default=METHODS)

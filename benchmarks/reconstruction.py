@@ -38,6 +38,7 @@ CASES = {
 ARM_JOINTS = {"franka_emika_panda": 7, "universal_robots_ur5e": 6, "ufactory_xarm7": 7, "trossen_vx300s": 6}
 SAME_PICTURE_DB = 40.0
 VISIBLE_PX = 20
+GRIPPER_PX = 100
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Problem:
     rgb: torch.Tensor
     alpha: torch.Tensor
     visible: tuple[int, ...]
+    pixels: tuple[int, ...]  # of every link, over all views
 
 
 def main() -> None:
@@ -120,8 +122,9 @@ def draw(robot: ks.Robot, model: ks.SelfModel, capture: Capture, seed: int, view
     image = capture.render(q, camera)
     assert image.alpha is not None
     assert image.link_id is not None
-    counts = image.link_id[image.link_id >= 0].flatten().bincount()
-    return Problem(q, camera, image.rgb, image.alpha, tuple(torch.nonzero(counts >= VISIBLE_PX)[:, 0].tolist()))
+    counts = image.link_id[image.link_id >= 0].flatten().bincount(minlength=len(tree.link_names))
+    visible = tuple(torch.nonzero(counts >= VISIBLE_PX)[:, 0].tolist())
+    return Problem(q, camera, image.rgb, image.alpha, visible, tuple(counts.tolist()))
 
 
 def solve(
@@ -154,6 +157,7 @@ def solve(
     )
     return {
         **errors(model, case, p, fit.q, fit.camera, capture),
+        **gripper(model.tree, ARM_JOINTS.get(capture.robot.name, model.tree.dof), p, fit.q),
         "verdict": fit.verdict,
         "seconds": fit.seconds,
         "loss_ratio": fit.loss / true_loss(model, p),
@@ -197,6 +201,18 @@ def errors(
         "link_error_mm": millimetres,
         "camera_error_mm": 1000.0 * place,
         "camera_error_deg": degrees,
+    }
+
+
+def gripper(tree: ks.KinematicTree, joint: int, p: Problem, q: torch.Tensor) -> dict[str, Any]:
+    """How far the gripper's joint is off, as a share of its range, and how many pixels of what it moves show."""
+    if joint >= tree.dof:
+        return {}
+    moved = tree.link_jacobian(p.q)[..., joint].abs().sum(dim=-1) > 1e-6
+    span = (tree.q_upper - tree.q_lower)[joint]
+    return {
+        "gripper_off": ((q - p.q)[joint].abs() / span).item(),
+        "gripper_px": sum(count for count, moves in zip(p.pixels, moved.tolist(), strict=True) if moves),
     }
 
 
@@ -247,6 +263,20 @@ def tables(path: Path) -> list[str]:
             some = [r for r in rows if r["robot"] == robot and r["case"] == case]
             if some:
                 lines.append(table_line(robot, case, some))
+    return [*lines, "", *gripper_table(rows)]
+
+
+def gripper_table(rows: list[dict[str, Any]]) -> list[str]:
+    """How well grippers are found where they show."""
+    lines = [
+        f"| robot | fits with {GRIPPER_PX} px of the gripper or more | off, median [% of its range] | within 10 % |"
+    ]
+    lines.append("|---" * 4 + "|")
+    for robot in dict.fromkeys(r["robot"] for r in rows):
+        off = [r["gripper_off"] for r in rows if r["robot"] == robot and r.get("gripper_px", 0) >= GRIPPER_PX]
+        if off:
+            median = 100.0 * torch.tensor(off).median().item()
+            lines.append(f"| {robot} | {len(off)} | {median:.1f} | {sum(share < 0.1 for share in off)} |")
     return lines
 
 

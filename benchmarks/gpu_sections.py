@@ -15,6 +15,7 @@ from torch import Tensor
 from kinesplat import zoo
 from kinesplat.camera import Camera
 from kinesplat.gaussians import GAUSSIANS, Gaussians
+from kinesplat.inverse import track
 from kinesplat.rasterizer import cpu, normal_equations, rasterize_links
 from kinesplat.self_model import SelfModel
 from kinesplat.twists import adjoint
@@ -91,9 +92,9 @@ def robots(options: Any) -> Report:
         row: Report = {"robot": name, "splats": len(model.parameters), "against": "native" if native else "reference"}
         row["rgb max"], row["share of pixels > 1e-4"] = difference.max().item(), share_above(difference, 1e-4)
         row["d q"] = relative(found["q"], truth["q"])
-        if native and not options.dry_run:
+        if native:
             small = model.subsample(3000)
-            for key, (a, b) in equations(small, q, camera.resized(64, 64), device).items():
+            for key, (a, b) in equations(small, q, camera.resized(min(side, 64), min(side, 64)), device).items():
                 row[key] = relative(a, b)
         rows.append(row)
     return {"robots": rows}
@@ -148,24 +149,7 @@ def speed(options: Any) -> Report:
                 row["peak memory [MiB]"] = torch.cuda.max_memory_allocated() / 2**20
                 torch.cuda.reset_peak_memory_stats()
             rows.append(row)
-    return {"speed": rows, "tiles": tile_sweep(options, splats, links, Ts, batches[-1], side)}
-
-
-def tile_sweep(options: Any, splats: Gaussians, links: Tensor, Ts: Tensor, batch: int, side: int) -> list[Report]:
-    """The same step with other tiles and unrolling: what the constants of the backend should be on this card."""
-    from kinesplat.rasterizer.cuda import function
-
-    before, rows = (function.TILE, function.UNROLL), []
-    tiles, unrolls = (((8, 8),), (1,)) if options.dry_run else (((8, 8), (16, 8), (16, 16)), (1, 2, 4))
-    for tile in tiles:
-        for unroll in unrolls:
-            function.TILE, function.UNROLL = tile, unroll
-            for count in {1, batch}:
-                cameras = orbit(count, side, splats.means.device)
-                ms = median_ms(lambda c=cameras: step(splats, links, Ts, c), options)
-                rows.append({"tile": f"{tile[0]}x{tile[1]}", "unroll": unroll, "batch": count, "f+b [ms]": ms})
-    function.TILE, function.UNROLL = before
-    return rows
+    return {"speed": rows}
 
 
 def speed_scene(n: int, device: torch.device) -> tuple[Gaussians, Tensor, Tensor]:
@@ -228,13 +212,18 @@ def median_ms(call: Callable[[], object], options: Any) -> float:
 
 def gsplat(options: Any) -> Report:
     """gsplat called directly with the same splats, already posed, and the same cameras; and our backend for it."""
-    from gsplat import rasterization
-
     device, rows = device_of(options), []
-    splats, links, Ts = speed_scene(10_000, device)
+    n, side, batches = (16, 8, (2,)) if options.dry_run else (10_000, 256, (1, 16, 256))
+    if options.dry_run:
+        import fake_gsplat
+
+        rasterization = fake_gsplat.make("1.5.3").rasterization
+    else:
+        from gsplat import rasterization
+    splats, links, Ts = speed_scene(n, device)
     leaves = [getattr(splats, name) for name in GAUSSIANS]
-    for batch in (1, 16, 256):
-        cameras = orbit(batch, 256, device)
+    for batch in batches:
+        cameras = orbit(batch, side, device)
         backgrounds = torch.ones(batch, 3, device=device)
 
         def render(c: Camera = cameras, b: Tensor = backgrounds) -> Tensor:
@@ -280,11 +269,8 @@ def fits(options: Any) -> Report:
     found: Report = {"starts": starts, "side": side, "steps": steps, "splats": n, "Adam [s]": seconds,
                      "within 3 s": seconds <= 3.0}  # fmt: skip
     found["joint error of the best start, mean [rad or m]"] = float((at[best].detach() - q).abs().mean())
-    if not options.dry_run:
-        batch = at[:64].detach()
-        found["Gauss-Newton system of 64 starts [ms]"] = median_ms(
-            lambda: normal_step(model, batch, camera, target), options
-        )
+    batch = at[:64].detach()
+    found["Gauss-Newton step of 64 starts [ms]"] = median_ms(lambda: normal_step(model, batch, camera, target), options)
     return found
 
 
@@ -318,12 +304,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def tracking(options: Any) -> Report:
-    """A swaying Panda followed by three Gauss-Newton steps a frame at 256^2; frames are rendered beforehand."""
-    if options.dry_run:
-        return {"skipped": "the normal equations have their own test; this is a loop of them"}
+    """A swaying Panda at 256^2: by three Gauss-Newton steps a frame, and by `track` as users call it; frames are
+    rendered beforehand."""
     device = device_of(options)
-    model, q, camera, _ = fit_problem(10_000, 256, device)
-    phase = torch.linspace(0, 12, 200, device=device)[:, None]
+    n, side, count, many = (40, 16, 3, 2) if options.dry_run else (10_000, 256, 200, 100)
+    model, q, camera, _ = fit_problem(n, side, device)
+    phase = torch.linspace(0, 12, count, device=device)[:, None]
     truth = q + 0.2 * torch.sin(phase + torch.arange(len(q), device=device))
     truth = truth.clamp(model.tree.q_lower.to(q), model.tree.q_upper.to(q))
     with torch.no_grad():
@@ -339,41 +325,25 @@ def tracking(options: Any) -> Report:
         synchronize(device)
     rate = len(frames) / (time.perf_counter() - started)
     worst = torch.stack(errors)
+    followed = track(model, frames[:many].cpu().clamp(0.0, 1.0), camera.to("cpu"), q_init=truth[0].cpu())
+    off = (followed.q - truth[:many].cpu()).abs().amax(dim=1)
     return {"frames/s": rate, "at least 60": rate >= 60, "largest joint error, median over frames [rad or m]":
-            float(worst.median()), "and its maximum": float(worst.max())}  # fmt: skip
+            float(worst.median()), "and its maximum": float(worst.max()), "track, frames/s": followed.frames_per_second,
+            "track, largest joint error, median over frames [rad or m]": float(off.median()),
+            "track, states": {state: followed.states.count(state) for state in set(followed.states)}}  # fmt: skip
 
 
 def capture(options: Any) -> Report:
-    """MuJoCo's pictures traced on the card."""
+    """MuJoCo's pictures traced on the card, 4 rays a pixel."""
     from kinesplat.dataset.capture import Capture
     from kinesplat.description import load_description
 
-    if options.dry_run:
-        return {"skipped": "needs mujoco_warp, which has its own test"}
-    renderer = Capture(load_description("kinearm"), 256, 256, device="cuda")
+    count, side = (2, 8) if options.dry_run else (64, 256)
+    renderer = Capture(load_description("kinearm"), device=device_of(options).type)
     model = zoo.load("kinearm")
-    q = model.tree.q_canonical.float().expand(64, -1)
-    camera = Camera.framing(model.posed(q[0]).means, width=256, height=256)
+    q = model.tree.q_canonical.float().expand(count, -1)
+    camera = Camera.framing(model.posed(q[0]).means, width=side, height=side)
     renderer.render(q, camera)
     started = time.perf_counter()
     renderer.render(q, camera)
-    return {"images/s at 256^2": 64 / (time.perf_counter() - started)}
-
-
-def train(options: Any) -> Report:
-    """One minute of the default recipe on the card, on a data set rendered elsewhere; quality on its test pictures."""
-    if options.dry_run:
-        return {"skipped": "training has its own tests"}
-    if options.dataset is None:
-        return {"skipped": "give --dataset FOLDER of `kinesplat dataset`"}
-    from kinesplat.dataset.container import Dataset
-    from kinesplat.training.joint import mean_psnr
-    from kinesplat.training.recipes import TrainingOptions
-    from kinesplat.training.recipes import train as train_model
-
-    started = time.perf_counter()
-    model = train_model(options.dataset, options=TrainingOptions(minutes=1.0), device="cuda").to("cuda")
-    seconds = time.perf_counter() - started
-    test = Dataset.open(options.dataset).frames("test", limit=100, geometry=False)
-    return {"data set": options.dataset, "with start and end [s]": seconds, "PSNR of test pictures [dB]":
-            mean_psnr(model, test)}  # fmt: skip
+    return {f"images/s at {side}^2": count / (time.perf_counter() - started)}

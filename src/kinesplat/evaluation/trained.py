@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kinesplat.dataset.container import Dataset
 from kinesplat.dataset.frames import Frames
 from kinesplat.dataset.generate import load_robot
@@ -22,6 +24,7 @@ from kinesplat.training.checkpoint import read_checkpoint, write_checkpoint
 from kinesplat.training.joint import fit_jointly
 from kinesplat.training.loop import Budget, Log
 from kinesplat.training.paper import CHECKPOINT, PaperSettings, first_stages, train_paper
+from kinesplat.training.recipes import kept_on
 
 NO_DEFORM = "no deform"
 K_PLANES = "K-planes"
@@ -59,7 +62,9 @@ def train_baselines(
     robot, settings = load_robot(data.plan), settings or PaperSettings()
     more: dict[str, Any] = {"device": device, "seed": seed, "progress": progress}
     stages = shared_stages(robot, data.canonical, settings, folder / "stages", **more)
-    frames = data.frames("train", geometry=False), data.frames("validation", geometry=False)
+    parts = (data.frames(part, geometry=False) for part in ("train", "validation"))
+    train, validation = (kept_on(torch.device(device), part) for part in parts)
+    frames = train, validation
     return {
         NO_DEFORM: train_from(
             stages, robot, frames, budget, folder / "no_deform", replace(settings, appearance=False), **more

@@ -120,6 +120,7 @@ def draw(robot: ks.Robot, model: ks.SelfModel, capture: Capture, seed: int, view
     if views > 1:
         camera = ks.Camera(torch.stack([c.K for c in cameras]), torch.stack([c.T_cam_world for c in cameras]), 256, 256)
     image = capture.render(q, camera)
+    assert image.rgb is not None
     assert image.alpha is not None
     assert image.link_id is not None
     counts = image.link_id[image.link_id >= 0].flatten().bincount(minlength=len(tree.link_names))
@@ -219,6 +220,7 @@ def gripper(tree: ks.KinematicTree, joint: int, p: Problem, q: torch.Tensor) -> 
 def same_picture(capture: Capture, p: Problem, q: torch.Tensor) -> float:
     """PSNR of RGB and mask between MuJoCo's picture of `q` and the target [dB]."""
     image = capture.render(capture.robot.tree.clamp(q), p.camera)
+    assert image.rgb is not None
     assert image.alpha is not None
     both = torch.cat([image.rgb - p.rgb, (image.alpha - p.alpha)[..., None]], dim=-1)
     return -10.0 * math.log10(max(both.square().mean().item(), 1e-12))

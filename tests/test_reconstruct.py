@@ -9,7 +9,7 @@ import torch
 
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError
-from kinesplat.inverse import FitResult, reconstruct
+from kinesplat.inverse import FitResult, Hypothesis, reconstruct
 from kinesplat.inverse.coarse_to_fine import GLOBAL_LEVELS, NEAR_LEVELS, levels_for
 from kinesplat.inverse.observation import Observation, plain_background
 from kinesplat.inverse.result import covariance_of
@@ -179,6 +179,37 @@ def test_a_joint_that_no_pixel_shows_is_called_unobservable(kinearm: SelfModel) 
     assert blind.weak_variables == (kinearm.tree.joint_names[2],)
     assert "hardly observable" in blind.report()
     json.dumps(blind.to_json(), allow_nan=False)
+
+
+def test_what_other_answers_differ_in_is_named(kinearm: SelfModel) -> None:
+    q, camera, rgb, alpha = case(kinearm, 1)
+    fit = reconstruct(kinearm, rgb, camera, masks=alpha, q_init=q, starts=1)
+    names, first = kinearm.tree.joint_names, fit.hypotheses[0]
+    turned, bent, far = (first.q.clone() for _ in range(3))
+    turned[1] += 2.0 * math.pi  # a full turn is no difference
+    bent[3] += 0.2
+    far[0] += 1.0
+    others = [
+        Hypothesis(value, first.camera, loss * first.loss) for value, loss in ((turned, 1.0), (bent, 1.1), (far, 2.0))
+    ]
+    rivals = FitResult(**{**fit.__dict__, "hypotheses": (first, *others), "verdict": "ambiguous"})
+    assert rivals.ambiguous_joints == (names[3],)
+    assert f"differ in {names[3]}" in rivals.report()
+    assert fit.ambiguous_joints == ()
+
+
+def test_variables_that_make_good_for_each_other_are_named(kinearm: SelfModel) -> None:
+    q, camera, rgb, alpha = case(kinearm, 1)
+    fit = reconstruct(kinearm, rgb, camera, masks=alpha, q_init=q, starts=1)
+    covariance = 1e-6 * torch.eye(kinearm.tree.dof)
+    covariance[0, 0] = covariance[2, 2] = 0.01
+    covariance[0, 2] = covariance[2, 0] = -0.0099
+    covariance[-1, -1] = 0.006**2  # a slide: 6 mm are much
+    together = FitResult(**{**fit.__dict__, "covariance": covariance})
+    names = kinearm.tree.joint_names
+    assert together.weak_variables == (names[0], names[2], names[-1])
+    assert together.weak_pairs == ((names[0], names[2]),)
+    assert f"{names[0]} and {names[2]} can make good" in together.report()
 
 
 def test_covariance_is_that_of_repeated_measurements() -> None:

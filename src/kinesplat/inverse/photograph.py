@@ -17,7 +17,7 @@ from kinesplat.inverse.levenberg_marquardt import Solution, levenberg_marquardt
 from kinesplat.inverse.lighting import Light, fit_light
 from kinesplat.inverse.objective import CPU, Configurations, PhotometricObjective
 from kinesplat.inverse.observation import Observation
-from kinesplat.inverse.result import FitResult, Hypothesis, covariance_of
+from kinesplat.inverse.result import DISTINCT_RAD, FitResult, Hypothesis, covariance_of
 from kinesplat.inverse.search import AliasMoves, best_distinct, blurred_losses, joint_scale
 from kinesplat.inverse.verdict import verdict
 from kinesplat.self_model import SelfModel
@@ -35,7 +35,6 @@ LIT_WEIGHT, JUDGE_WEIGHT = 1.0, 8.0
 LIGHT_PX = 256
 STARTS, APART = 24, 0.3
 SYSTEMATIC = 300.0  # of standard deviations: as far as fits of a real xArm7 are off its joint readings
-DISTINCT_RAD = 0.1
 
 
 def light_of(model: SelfModel, observation: Observation, fit: FitResult) -> Light | None:

@@ -18,12 +18,11 @@ from kinesplat.inverse.objective import Configurations, PhotometricObjective
 from kinesplat.inverse.observation import ImageLike, Observation, given_camera
 from kinesplat.inverse.photograph import light_of, seen_again
 from kinesplat.inverse.priors import Priors
-from kinesplat.inverse.result import SYSTEMATIC, FitResult, Hypothesis, covariance_of
+from kinesplat.inverse.result import DISTINCT_RAD, SYSTEMATIC, FitResult, Hypothesis, covariance_of
 from kinesplat.inverse.search import joined, joint_scale
 from kinesplat.inverse.verdict import EQUAL_RATIO, evidence_of, settled, verdict
 from kinesplat.self_model import SelfModel
 
-DISTINCT_RAD = 0.1
 DIM_WEIGHT = 0.1
 EXPLAINED = 0.01  # less is left over than any photograph leaves: no need for a second look
 

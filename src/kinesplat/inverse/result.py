@@ -13,6 +13,8 @@ from kinesplat.camera import Camera
 
 WEAK_STD_RAD, WEAK_STD_M = 0.05, 0.005
 TOGETHER = 0.95
+AMBIGUOUS_RATIO = 1.3
+DISTINCT_RAD = 0.1
 SYSTEMATIC = 25.0
 
 
@@ -85,12 +87,25 @@ class FitResult:
         pairs = [(i, j) for i in weak for j in weak if i < j and related[i, j]]
         return tuple((self.variable_names[i], self.variable_names[j]) for i, j in pairs)
 
+    @property
+    def ambiguous_joints(self) -> tuple[str, ...]:
+        """Joints in which hypotheses that fit nearly as well differ: by 0.1 rad, full turns aside, or 0.1 m."""
+        rivals = [h.q for h in self.hypotheses[1:] if h.loss < AMBIGUOUS_RATIO * self.loss]
+        away = torch.stack([self.q, *rivals]) - self.q
+        hinges = torch.tensor([kind == "hinge" for kind in self.joint_types])
+        turned = torch.remainder(away + math.pi, 2.0 * math.pi) - math.pi
+        away = torch.where(hinges, turned, away) if self.joint_types else away
+        differ = (away.abs() > DISTINCT_RAD).any(dim=0).tolist()
+        return tuple(name for name, differs in zip(self.variable_names, differ, strict=False) if differs)
+
     def report(self) -> str:
         """A few lines for a person: verdict, joint values with standard deviations, weak variables, hypotheses."""
         std = self.covariance.diagonal().sqrt().tolist()
         lines = [
             f"{self.verdict}: loss {self.loss:.3g} after {len(self.loss_history)} iterations, {self.seconds:.1f} s"
         ]
+        if self.verdict == "ambiguous" and self.ambiguous_joints:
+            lines.append(f"  other answers fit nearly as well; they differ in {', '.join(self.ambiguous_joints)}")
         if self.evidence.get("start") == "initializer":
             lines.append("  from a learned start")
         for name, value, deviation in zip(self.variable_names, self.q.tolist(), std, strict=False):
@@ -116,6 +131,7 @@ class FitResult:
             "variable_names": list(self.variable_names),
             "covariance": covariance,
             "weak_variables": list(self.weak_variables),
+            "ambiguous_joints": list(self.ambiguous_joints),
             "weak_pairs": [list(pair) for pair in self.weak_pairs],
             "hypotheses": [{"q": h.q.tolist(), "camera": h.camera.to_json(), "loss": h.loss} for h in self.hypotheses],
             "evidence": dict(self.evidence),

@@ -7,9 +7,9 @@ import torch
 
 from kinesplat.inverse.coarse_to_fine import Refinement
 from kinesplat.inverse.objective import PhotometricObjective
+from kinesplat.inverse.result import AMBIGUOUS_RATIO
 from kinesplat.self_model import SelfModel
 
-AMBIGUOUS_RATIO = 1.3
 EQUAL_RATIO = 1.02
 UNEXPLAINED_FAILURE = 0.25
 TRAINED_DOUBT, UNTRAINED_DOUBT = 0.0065, 0.03

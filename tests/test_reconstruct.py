@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -179,6 +180,20 @@ def test_a_joint_that_no_pixel_shows_is_called_unobservable(kinearm: SelfModel) 
     assert blind.weak_variables == (kinearm.tree.joint_names[2],)
     assert "hardly observable" in blind.report()
     json.dumps(blind.to_json(), allow_nan=False)
+
+
+def test_joints_outside_the_picture_rest(kinearm: SelfModel) -> None:
+    q, camera, _, _ = case(kinearm, 1)
+    low = replace(camera, height=96, K=camera.K - torch.tensor([[0, 0, 0], [0, 0, 160.0], [0, 0, 0]]))
+    image = kinearm.render(q, low)
+    assert image.rgb is not None
+    start = off(kinearm, q, 0.1, 0)
+    fit = reconstruct(kinearm, image.rgb.clamp(0, 1), low, masks=image.alpha, q_init=start, starts=4)
+    blind = torch.isinf(fit.covariance.diagonal())
+    assert blind.any()
+    assert not blind.all()
+    torch.testing.assert_close(fit.q[blind], start[blind])
+    assert {kinearm.tree.joint_names[i] for i in torch.nonzero(blind)[:, 0]} <= set(fit.weak_variables)
 
 
 def test_what_other_answers_differ_in_is_named(kinearm: SelfModel) -> None:

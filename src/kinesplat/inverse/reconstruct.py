@@ -24,6 +24,7 @@ from kinesplat.inverse.verdict import EQUAL_RATIO, evidence_of, settled, verdict
 from kinesplat.self_model import SelfModel
 
 DIM_WEIGHT = 0.1
+REST_PX, REST_TOLERANCE = 256, 1.0 / 255.0
 EXPLAINED = 0.01  # less is left over than any photograph leaves: no need for a second look
 
 
@@ -50,8 +51,9 @@ def reconstruct(
     which takes some twenty thousand small renderings. Either way the survivors are sharpened by Levenberg-Marquardt up
     to 256 px along the longer image side. Where the verdict is not "converged", further attempts follow that search
     harder (with `q_init` first around it, then everywhere), until two agree or three or four are made. Of answers that
-    explain the pictures equally well, the one nearest to `q_init`, or to the canonical configuration, is taken. Joint
-    limits are respected. Pictures are rendered on the model's device; the result is on the CPU.
+    explain the pictures equally well, the one nearest to `q_init`, or to the canonical configuration, is taken; joints
+    that no pixel shows are as there. Joint limits are respected. Pictures are rendered on the model's device; the
+    result is on the CPU.
 
     A photograph, whose colours another light made, gets a second look in that light, up to 512 px
     (`kinesplat.inverse.photograph`); it is known by its mask and by colours that an estimated light explains better.
@@ -98,7 +100,7 @@ def reconstruct(
         fit = seen_again(on_cpu, observation, fit, light, seed, device)
     if not optimize_camera:
         on_cpu.check_camera(fit.q, fit.camera)
-    return replace(fit, seconds=time.perf_counter() - began)
+    return replace(at_rest(on_cpu, fit, problem.reference), seconds=time.perf_counter() - began)
 
 
 def first_look(problem: Problem, attempts: list[Attempt]) -> FitResult:
@@ -172,6 +174,21 @@ def result_of(
         evidence=evidence,
         joint_types=tuple(problem.model.tree.joint_types),
     )
+
+
+def at_rest(model: SelfModel, fit: FitResult, reference: Float[Tensor, "n dof"]) -> FitResult:
+    """The fit with the joints that no pixel shows as in the first reference, unless that would change a picture."""
+    blind = torch.isinf(fit.covariance.diagonal()[: model.tree.dof])
+    rested = torch.where(blind, reference[0], fit.q)
+    if not blind.any():
+        return fit
+    camera = fit.camera.resized(REST_PX, max(1, REST_PX * fit.camera.height // fit.camera.width))
+    before, after = (model.render(q, camera).rgb for q in (fit.q, rested))
+    assert before is not None
+    assert after is not None
+    if (before - after).abs().max() > REST_TOLERANCE:
+        return fit
+    return replace(fit, q=rested, hypotheses=(replace(fit.hypotheses[0], q=rested), *fit.hypotheses[1:]))
 
 
 def spans(found: list[Refinement]) -> Iterator[tuple[int, int, int]]:

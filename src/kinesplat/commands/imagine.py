@@ -27,11 +27,15 @@ from kinesplat.commands.track import overlays, write_table
 from kinesplat.description import Robot, load_description
 from kinesplat.errors import InputError
 from kinesplat.files import read_image
+from kinesplat.imagination.behind import RIM_SHARE, uncovered
 from kinesplat.imagination.imagine import imagine as imagine_motion
 from kinesplat.imagination.joints import place
 from kinesplat.imagination.lerobot import read_episodes
+from kinesplat.imagination.masks import robot_mask
+from kinesplat.self_model import SelfModel
 from kinesplat.video import read_frames, write_video
 from kinesplat.vision.finetuning import FinetuneSettings, finetune
+from kinesplat.vision.segment import Segmenter
 from kinesplat.vision.video_diffusion import SVD_XT, Sampling, TextSteeredVideo, load_video_model
 
 
@@ -62,6 +66,9 @@ class Stage:
     """MJCF file of the robot in its scene with position actuators; then the motion is executed in MuJoCo."""
     fps: float = 7.0
     """Frames per second of the motion."""
+    segmenter: str | None = None
+    """SAM 2 model (facebook/sam2.1-hiera-tiny) that says where the robot is in the picture, with cables and tools that
+    the self-model does not know; needs --q-init."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ def imagine(
         video_model=source,
         video=None if video is None else read_frames(video),
         q_init=None if q_init is None else torch.tensor(q_init),
-        backdrop=None if backdrop is None else read_image(backdrop),
+        backdrop=_backdrop(loaded, picture, view, q_init, backdrop, stage.segmenter),
         robot=robot,
         state=None if stage.scene is None or robot is None else _state(stage.scene, robot, q_init),
         fps=stage.fps,
@@ -216,6 +223,25 @@ def finetune_video(
     finetune(model, data, output, settings, base=base, seed=common.seed, resume=resume, progress=err.is_terminal)
     out.print(f"{len(data)} clips; log, checkpoint and, after {training.steps} steps, the model in {output}")
     write_json(common.json, {"output": str(output), "clips": len(data), "steps": training.steps})
+
+
+def _backdrop(
+    model: SelfModel,
+    picture: torch.Tensor,
+    camera: Camera,
+    q_init: tuple[float, ...] | None,
+    path: Path | None,
+    segmenter: str | None,
+) -> torch.Tensor | None:
+    """The scene without the robot, where a file or a segmenter tells it."""
+    if path is not None or segmenter is None:
+        return None if path is None else read_image(path)
+    if q_init is None:
+        raise InputError("--segmenter needs --q-init: the self-model at these joints says which points are the robot's")
+    mask = robot_mask(Segmenter.from_pretrained(segmenter), model, picture, torch.tensor(q_init), camera)
+    rim = 2 * max(1, round(RIM_SHARE * max(mask.shape))) + 1
+    wide = torch.nn.functional.max_pool2d(mask[None, None], rim, stride=1, padding=rim // 2)[0]
+    return uncovered(picture[None], wide < 0.5)
 
 
 def _state(path: Path, robot: Robot, q_init: tuple[float, ...] | None) -> mujoco.MjData:

@@ -30,7 +30,17 @@ def behind_robot(
     Raises:
         InputError: the robot fills the picture.
     """
-    free = ~silhouettes(model, q, camera)
+    return uncovered(frames, ~silhouettes(model, q, camera))
+
+
+def uncovered(
+    frames: Float[Tensor, "frames height width 3"], free: Bool[Tensor, "frames height width"]
+) -> Float[Tensor, "height width 3"]:
+    """Median of the pixels where they are free; from the nearest such pixel where they never are.
+
+    Raises:
+        InputError: none is.
+    """
     ever = free.any(dim=0)
     if not ever.any():
         raise InputError("the robot fills the whole picture: nothing behind it can be seen")

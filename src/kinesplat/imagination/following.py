@@ -14,7 +14,7 @@ from kinesplat.inverse.track import Tracker, collected, predict, start_tracker
 from kinesplat.inverse.track_result import TrackedFrame, TrackResult
 from kinesplat.self_model import SelfModel
 
-SWEEPS = 2
+SWEEPS = 1
 
 
 @torch.no_grad()

@@ -1,8 +1,13 @@
 """Names of devices: an absent one is an error with a remedy, never a fall back."""
 
+import inspect
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from kinesplat import cli
+from kinesplat.commands.common import Common
 from kinesplat.devices import resolve_device
 from kinesplat.errors import BackendError, InputError
 
@@ -22,3 +27,14 @@ def test_an_absent_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch, built: str |
     assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(BackendError, match=remedy):
         resolve_device("cuda")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_refuses_an_absent_gpu_before_it_does_anything(
+    command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, unchecked_types: None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    parameters = inspect.signature(command).parameters.values()
+    needed = {p.name: "nowhere" for p in parameters if p.default is p.empty}
+    with pytest.raises(BackendError, match="cuda"):
+        command(**needed, common=Common(device="cuda"))

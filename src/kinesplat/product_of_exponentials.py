@@ -48,15 +48,18 @@ class _NodeTransforms(torch.autograd.Function):
 
     @staticmethod
     def forward(theta: Tensor, T_world_base: Tensor, c: NodeConstants) -> Tensor:
+        """Poses of all nodes."""
         return _node_transforms(theta, T_world_base, c)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor, NodeConstants], output: Tensor) -> None:
+        """Coordinates and poses are all that the way back needs."""
         ctx.save_for_backward(inputs[0], output)
         ctx.constants = inputs[2]
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient by the coordinates, from that by the poses."""
         theta, T = ctx.saved_tensors
         c: NodeConstants = ctx.constants
         M = T[..., :3, :] @ gradient[..., :3, :].mT

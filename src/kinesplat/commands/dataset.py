@@ -9,8 +9,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kinesplat.commands.common import DEFAULTS, CommonOptions, Output, device_of, err, out, packages_of, write_json
 from kinesplat.dataset.container import Dataset
+from kinesplat.dataset.device import Renderer
 from kinesplat.dataset.generate import Report, write_dataset
 from kinesplat.dataset.plan import Plan
+from kinesplat.dataset.tracer import traced_on
+from kinesplat.devices import DeviceName
+from kinesplat.errors import BackendError
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -66,6 +70,7 @@ def dataset(
         package: NAME=FOLDER of ROS packages that package:// refers to.
     """
     device_of(replace(common, device="cpu"))
+    check_tracing(common.device, contents.renderer)
     plan = _plan(robot, contents, package, common.seed)
     total = sum(shard.images for shard in plan.shards())
     with image_progress(total) as progress:
@@ -76,6 +81,18 @@ def dataset(
     out.print(f"wrote {output}: {counts} ({megabytes:.1f} MB, {kilobytes:.1f} kB an image)")
     out.print(_collisions_sentence(made, result["rejected"]), markup=False)
     write_json(common.json, result)
+
+
+def check_tracing(device: DeviceName, renderer: Renderer) -> None:
+    """Refuse a GPU that is not there, or that OpenGL would not ask for.
+
+    Raises:
+        BackendError: says which.
+    """
+    if device == "cuda" and renderer == "gl":
+        raise BackendError("--device cuda: --renderer gl draws where OpenGL's driver does; choose cpu or auto")
+    if device == "cuda":
+        traced_on(device)
 
 
 def _plan(robot: str, contents: Contents, package: tuple[str, ...], seed: int) -> Plan:

@@ -37,10 +37,7 @@ class RayTracer:
             BackendError: `mujoco_warp` is not installed, or there is no CUDA device and one was asked for.
         """
         self._warp, self._mjw = _import_renderer()
-        cuda = device != "cpu" and self._warp.is_cuda_available()
-        if device == "cuda" and not cuda:
-            raise BackendError("device 'cuda': the renderer finds no CUDA device; choose cpu or auto")
-        self._device_name, self.samples = "cuda" if cuda else "cpu", samples
+        self._device_name, self.samples = traced_on(device), samples
         with self._device():
             self._model = self._mjw.put_model(model)
             self._data = self._mjw.make_data(model, nworld=1)
@@ -137,6 +134,18 @@ class RayTracer:
 
     def _device(self) -> Any:
         return self._warp.ScopedDevice(self._device_name)
+
+
+def traced_on(device: Device) -> str:
+    """The device on which rays are traced: "cpu" or "cuda".
+
+    Raises:
+        BackendError: `mujoco_warp` is not installed, or there is no CUDA device and one was asked for.
+    """
+    cuda = device != "cpu" and _import_renderer()[0].is_cuda_available()
+    if device == "cuda" and not cuda:
+        raise BackendError("device 'cuda': the renderer finds no CUDA device; choose cpu or auto")
+    return "cuda" if cuda else "cpu"
 
 
 def _import_renderer() -> tuple[Any, Any]:

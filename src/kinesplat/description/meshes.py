@@ -151,6 +151,7 @@ class _FilesBeside(Resolver):
         self.used: dict[str, str | None] = {}
 
     def get(self, key: str) -> bytes:
+        """A file's bytes; FileNotFoundError where there is none."""
         data = self._data(key)
         self.used[key] = None if data is None else hashlib.sha256(data).hexdigest()
         if data is None:
@@ -158,6 +159,7 @@ class _FilesBeside(Resolver):
         return data
 
     def digest(self, key: str) -> str | None:
+        """SHA-256 of a file, None where there is none."""
         data = self._data(key)
         return None if data is None else hashlib.sha256(data).hexdigest()
 
@@ -171,12 +173,15 @@ class _FilesBeside(Resolver):
         return None
 
     def write(self, name: str, data: Any) -> None:
+        """Refused."""
         raise NotImplementedError("descriptions are only read")
 
     def namespaced(self, namespace: str) -> "_FilesBeside":
+        """Refused."""
         raise NotImplementedError("mesh archives are not read")
 
     def keys(self) -> list[str]:
+        """Nothing: a mesh says itself which files it wants."""
         return []
 
 

@@ -66,6 +66,7 @@ class _Nodes:
         axis=(0, 0, 0),
         anchor=(0, 0, 0),
     ) -> int:
+        """Append a node and return its number; arguments as the attributes `node_...` of `KinematicTree`."""
         self.parent.append(parent)
         self.kind.append(kind)
         self.coordinate.append(coordinate)

@@ -61,6 +61,11 @@ class _Builder:
         self._turned: list[str] = []
 
     def build(self) -> None:
+        """Add every link below its parent, with its joint and visuals, from the root on; then the mimic joints.
+
+        Raises:
+            DescriptionError: a mesh or texture cannot be read; names the link.
+        """
         children: dict[str, list[Joint]] = {}
         for joint in self.urdf.joints:
             children.setdefault(joint.parent, []).append(joint)

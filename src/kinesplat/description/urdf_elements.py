@@ -100,15 +100,18 @@ class _Reader:
         self.warnings: list[str] = []
 
     def fail(self, element: str, problem: str) -> DescriptionError:
+        """The error to raise about an element."""
         return DescriptionError(f"{self.source}: {element}: {problem}")
 
     def name(self, element: Element, kind: str) -> str:
+        """Its name, which it must have."""
         name = element.get("name", "").strip()
         if not name:
             raise self.fail(f"<{kind}>", "has no name")
         return name
 
     def unique(self, element: Element, kind: str, known: Mapping[str, object]) -> str:
+        """Its name, which none of the `known` may have."""
         name = self.name(element, kind)
         if name in known:
             raise self.fail(f"{kind} {name!r}", "is defined twice")
@@ -129,6 +132,7 @@ class _Reader:
         return values
 
     def metres(self, text: str | None, where: str, count: int, positive: bool = False) -> Float[np.ndarray, " k"]:
+        """`count` lengths or places [m], none of them as large as only another unit makes them."""
         values = self.numbers(text, where, count)
         if np.abs(values).max() > MAX_METRES:
             raise self.fail(where, f"{text!r} is more than {MAX_METRES:g} m; is the unit metres?")
@@ -146,6 +150,7 @@ class _Reader:
         return T
 
     def material(self, element: Element | None, known: Mapping[str, Material]) -> Material:
+        """Colour and texture of a <material>: its own, or those of the `known` one that it names."""
         if element is None:
             return Material(None, None)
         name = element.get("name", "").strip()
@@ -159,6 +164,11 @@ class _Reader:
         return Material(rgba, None if texture is None else texture.get("filename"))
 
     def visual(self, element: Element, link: str, which: str, materials: Mapping[str, Material]) -> Visual:
+        """One <visual> of a link; `which` tells it from the others in messages.
+
+        Raises:
+            DescriptionError: no single known shape, a size that is none, or an unknown material.
+        """
         where = f"link {link!r} {which}"
         shapes = list(element.findall("geometry/*"))
         if len(shapes) != 1:
@@ -185,6 +195,11 @@ class _Reader:
         return Visual(self.origin(element, where), kind, sizes, file, material, where)
 
     def joint(self, element: Element, name: str, links: Mapping[str, object]) -> Joint:
+        """One <joint> between two of the `links`; its axis is made a unit vector.
+
+        Raises:
+            DescriptionError: an unknown type or link, an axis without direction, or reversed limits.
+        """
         where, kind = f"joint {name!r}", element.get("type", "")
         if kind not in JOINT_TYPES:
             raise self.fail(where, unknown("joint type", kind, JOINT_TYPES))
@@ -207,6 +222,11 @@ class _Reader:
         return link
 
     def limits(self, element: Element, where: str, kind: str) -> tuple[float, float] | None:
+        """Lower and upper limit [rad]/[m]; None, with a warning where the file should give them, if there are none.
+
+        Raises:
+            DescriptionError: the lower one is above the upper one.
+        """
         if kind not in ("revolute", "prismatic"):
             return None
         limit = element.find("limit")
@@ -226,6 +246,7 @@ class _Reader:
         return bounds[0], bounds[1]
 
     def mimic(self, element: Element, where: str) -> tuple[str, float, float] | None:
+        """Mimicked joint, multiplier and offset; None without a <mimic>."""
         mimic = element.find("mimic")
         if mimic is None:
             return None
@@ -236,6 +257,11 @@ class _Reader:
         return mimic.get("joint", ""), multiplier, offset
 
     def check_mimics(self, joints: dict[str, Joint]) -> None:
+        """Drop the <mimic> of joints that do not move; refuse unknown joints and circles.
+
+        Raises:
+            DescriptionError: a joint mimics one that does not exist or does not move, or, in the end, itself.
+        """
         moving = {n: j for n, j in joints.items() if j.kind in ("revolute", "continuous", "prismatic")}
         for name, joint in list(joints.items()):
             if joint.mimic is None:

@@ -30,6 +30,7 @@ RECORD, SUMS = tl.constexpr(RECORD_FLOATS), tl.constexpr(SUM_FLOATS)
 @triton.jit
 @no_type_check
 def dot3(ax, ay, az, bx, by, bz):
+    """a . b"""
     return ax * bx + ay * by + az * bz
 
 

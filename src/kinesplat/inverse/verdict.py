@@ -12,7 +12,7 @@ from kinesplat.self_model import SelfModel
 
 EQUAL_RATIO = 1.02
 UNEXPLAINED_FAILURE = 0.25
-TRAINED_DOUBT, UNTRAINED_DOUBT = 0.0065, 0.03
+TRAINED_DOUBT, UNTRAINED_DOUBT, DIM_DOUBT = 0.0065, 0.018, 0.03
 DIM = 0.5
 HOPELESS = 5.0
 
@@ -30,12 +30,12 @@ def evidence_of(
         confirmed: whether two of them came upon the answer.
     """
     best, *others = sorted(hypotheses)
-    trained = "validation_psnr_db" in model.provenance
+    doubt = TRAINED_DOUBT if "validation_psnr_db" in model.provenance else UNTRAINED_DOUBT
     ends = torch.stack([f.last.linearization.loss.min() for f in found])
     losses = torch.cat([f.last.linearization.loss for f in found])
     return {
         "unexplained": best / max(objective.empty_loss, 1e-30),
-        "doubt": TRAINED_DOUBT if trained and objective.colour_weight > DIM else UNTRAINED_DOUBT,
+        "doubt": doubt if objective.colour_weight > DIM else DIM_DOUBT,
         "gap": others[0] / max(best, 1e-30) if others else None,
         "agreement": (losses <= EQUAL_RATIO * best).float().mean().item(),
         "attempts": len(found),

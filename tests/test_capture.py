@@ -180,3 +180,20 @@ def test_robot_without_surface_is_refused() -> None:
 def test_samples_must_be_positive(kinearm: Robot) -> None:
     with pytest.raises(InputError, match="samples is 0"):
         Capture(kinearm, samples=0)
+
+
+@pytest.mark.parametrize(("samples", "light"), [(1, "headlight"), (4, "headlight"), (5, "world")])
+def test_averages_on_the_device_are_those_on_the_cpu(kinearm: Robot, samples: int, light: str) -> None:
+    """What a GPU's tensors go through, on the CPU's."""
+    capture = Capture(kinearm, samples=samples, light=light, device="cpu")
+    tree = kinearm.tree
+    q = random_configurations(tree, 2, torch.Generator().manual_seed(3))
+    camera = Camera.look_at((0.5, 0.35, 0.4), (0.05, 0.0, 0.2), width=40, height=32)
+    here = capture.render(q, camera)
+    capture._averages_there = True
+    there = capture.render(q, camera)
+    for name in ("rgb", "alpha", "depth"):
+        assert torch.allclose(getattr(there, name), getattr(here, name), rtol=1e-6, atol=1e-6), name
+    assert torch.equal(there.link_id, here.link_id)
+    assert there.link_id.dtype == here.link_id.dtype
+    assert len(here.link_id.unique()) > 3

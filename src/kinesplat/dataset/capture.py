@@ -6,7 +6,7 @@ import math
 import mujoco
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from kinesplat.camera import Camera
@@ -14,6 +14,7 @@ from kinesplat.dataset.device import Device, Renderer
 from kinesplat.dataset.frames import Frames
 from kinesplat.dataset.gl import GLRenderer
 from kinesplat.dataset.lights import HEADLIGHT_AMBIENT, HEADLIGHT_DIFFUSE, LightSetting, draw_lights
+from kinesplat.dataset.rays import averaged, averaged_there
 from kinesplat.dataset.tracer import RayTracer
 from kinesplat.description import Robot, mujoco_qpos
 from kinesplat.description.visuals import VISUAL_GROUP
@@ -64,6 +65,8 @@ class Capture:
         self._link_of_geom = np.append(model.geom_bodyid - 1, -1)  # the last is what "no geom", -1, finds
         lit = light != "headlight"
         self._renderer = GLRenderer(model, samples) if renderer == "gl" else RayTracer(model, samples, lit, device)
+        on_gpu = isinstance(self._renderer, RayTracer) and self._renderer.device == "cuda"
+        self._averages_there = on_gpu and torch.cuda.is_available()  # Warp may see a GPU that this PyTorch cannot use
 
     def render(
         self,
@@ -115,8 +118,14 @@ class Capture:
         light: Float[np.ndarray, " numbers"],
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         geoms = _geom_poses(self.robot, self._mj_data, qpos, T_world_base)
-        colours, depth, geom = self._renderer.image(geoms, K, T_cam_world, size, light if len(light) else None)
-        return _resolve(colours, depth, self._link_of_geom[geom], self._renderer.bias)
+        view, bias = (geoms, K, T_cam_world, size, light if len(light) else None), self._renderer.bias
+        if self._averages_there and isinstance(self._renderer, RayTracer):
+            colours, depth, geom = self._renderer.tensors(*view)
+            links = torch.from_numpy(self._link_of_geom).to(geom.device)[geom.long()]
+            rgb, alpha, mean_depth, link_id = (t.cpu().numpy() for t in averaged_there(colours, depth, links, bias))
+            return rgb, alpha, mean_depth, link_id
+        colours, depth, geom = self._renderer.image(*view)
+        return averaged(colours, depth, self._link_of_geom[geom], bias)
 
     def _lights(self, light: Tensor | None, batch: tuple[int, ...]) -> Float[np.ndarray, "count numbers"]:
         """Light rows of every image; rows of nothing under the headlight."""
@@ -185,34 +194,3 @@ def _geom_poses(
         return positions, rotations
     T = T_world_base @ np.linalg.inv(robot.tree.T_world_base.numpy())
     return positions @ T[:3, :3].T + T[:3, 3], T[:3, :3] @ rotations
-
-
-def _resolve(
-    colours: np.ndarray, depth: np.ndarray, links: np.ndarray, bias: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Average the rays of each pixel: rgb, alpha, depth, link_id; computed where a ray hits, the rest is white."""
-    shape, samples = links.shape[:-1], links.shape[-1]
-    rgb = np.ones((*shape, 3), dtype=np.float32)
-    alpha, mean_depth = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-    link_id = np.full(shape, fill_value=-1, dtype=np.int64)
-    seen = (links >= 0).any(axis=-1)
-    colours, depth, links = colours[seen].astype(np.float32), depth[seen], links[seen]
-    hit = links >= 0
-    colours += bias * (hit[..., None] & (colours < 255.0))
-    hits = hit.sum(axis=-1)
-    rgb[seen] = colours.mean(axis=1) / np.float32(255.0)
-    alpha[seen] = hit.mean(axis=-1, dtype=np.float32)
-    mean_depth[seen] = np.where(hit, depth, 0.0).sum(axis=-1, dtype=np.float32) / hits
-    link_id[seen] = np.where(2 * hits >= samples, _most_frequent(links), -1)
-    return rgb, alpha, mean_depth, link_id
-
-
-def _most_frequent(links: Int[np.ndarray, "pixels samples"]) -> Int[np.ndarray, " pixels"]:
-    """The link that occurs most often in each row, the lowest of several; -1, no link, never wins over a link."""
-    winner = links[:, 0].copy()
-    mixed = (links != links[:, :1]).any(axis=-1)
-    rows = links[mixed]
-    votes = (rows[:, :, None] == rows[:, None, :]).sum(axis=-1)
-    rank = np.where(rows >= 0, votes * (links.max(initial=0) + 1) - rows, np.iinfo(np.int64).min)
-    winner[mixed] = rows[np.arange(len(rows)), rank.argmax(axis=-1)]
-    return winner

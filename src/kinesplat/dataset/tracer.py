@@ -5,7 +5,9 @@ from typing import Any
 
 import mujoco
 import numpy as np
+import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from kinesplat.dataset.device import Device
 from kinesplat.description.visuals import VISUAL_GROUP
@@ -20,6 +22,8 @@ class RayTracer:
 
     Attributes:
         bias: what the renderer takes from a byte on average, by truncating instead of rounding.
+        device: "cpu" or "cuda", where it traces.
+        samples: rays a pixel.
     """
 
     bias = 0.5
@@ -37,7 +41,7 @@ class RayTracer:
             BackendError: `mujoco_warp` is not installed, or there is no CUDA device and one was asked for.
         """
         self._warp, self._mjw = _import_renderer()
-        self._device_name, self.samples = traced_on(device), samples
+        self.device, self.samples = traced_on(device), samples
         with self._device():
             self._model = self._mjw.put_model(model)
             self._data = self._mjw.make_data(model, nworld=1)
@@ -63,6 +67,39 @@ class RayTracer:
         light: Float[np.ndarray, "7"] | None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Colours ``(h, w, samples, 3)`` as bytes, depths [m] and geoms (-1 for none) ``(h, w, samples)``."""
+        self._trace(geoms, K, T_cam_world, size, light)
+        with self._device():
+            shape = (size[1], size[0], self.samples)
+            packed = self._context.rgb_data.numpy().reshape(shape)
+            depth = self._context.depth_data.numpy().reshape(shape)
+            geom = self._context.seg_data.numpy().reshape(*shape, 2)[..., 0]
+        return packed.view(np.uint8).reshape(*shape, 4)[..., 2::-1], depth, geom
+
+    def tensors(
+        self,
+        geoms: tuple[Float[np.ndarray, "geoms 3"], Float[np.ndarray, "geoms 3 3"]],
+        K: Float[np.ndarray, "3 3"],
+        T_cam_world: Float[np.ndarray, "4 4"],
+        size: tuple[int, int],
+        light: Float[np.ndarray, "7"] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `image` gives, as tensors that stay where it was traced; the next image overwrites them."""
+        self._trace(geoms, K, T_cam_world, size, light)
+        context, shape = self._context, (size[1], size[0], self.samples)
+        with self._device():
+            self._warp.synchronize_device()  # torch has a stream of its own
+            packed, depth, segments = map(self._warp.to_torch, (context.rgb_data, context.depth_data, context.seg_data))
+        colours = packed.view(torch.uint8).view(*shape, 4)[..., [2, 1, 0]]
+        return colours, depth.view(shape), segments.view(*shape, 2)[..., 0]
+
+    def _trace(
+        self,
+        geoms: tuple[Float[np.ndarray, "geoms 3"], Float[np.ndarray, "geoms 3 3"]],
+        K: Float[np.ndarray, "3 3"],
+        T_cam_world: Float[np.ndarray, "4 4"],
+        size: tuple[int, int],
+        light: Float[np.ndarray, " numbers"] | None,
+    ) -> None:
         width, height = size
         with self._device():
             self._resize(width, height)
@@ -74,11 +111,6 @@ class RayTracer:
                 self._context.ray, self._K = self._warp.array(rays, dtype=self._warp.vec3), K.copy()
             self._mjw.refit_bvh(self._model, self._data, self._context)
             self._mjw.render(self._model, self._data, self._context)
-            shape = (height, width, self.samples)
-            packed = self._context.rgb_data.numpy().reshape(shape)
-            depth = self._context.depth_data.numpy().reshape(shape)
-            geom = self._context.seg_data.numpy().reshape(*shape, 2)[..., 0]
-        return packed.view(np.uint8).reshape(*shape, 4)[..., 2::-1], depth, geom
 
     def _place(
         self,
@@ -133,7 +165,7 @@ class RayTracer:
         self._size, self._K = (width, height), np.zeros((3, 3))
 
     def _device(self) -> Any:
-        return self._warp.ScopedDevice(self._device_name)
+        return self._warp.ScopedDevice(self.device)
 
 
 def traced_on(device: Device) -> str:

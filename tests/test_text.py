@@ -180,6 +180,29 @@ def test_a_random_clip_climbs_and_stays_within_the_limits(arm: ks.SelfModel, vie
     assert json.loads(json.dumps(fit.to_json(), allow_nan=False))["evidence"]["prompt"] == "thumbs up"
 
 
+def test_of_many_views_a_step_draws_four_and_the_judge_sees_all(arm: ks.SelfModel, goals: dict[str, Tensor]) -> None:
+    points = arm.posed(arm.tree.q_canonical.float()).means
+    camera = ks.Camera.framing(points, torch.randn(9, 3) + torch.tensor([0.0, 0.0, 1.0]), width=16, height=16)
+    seen: list[int] = []
+
+    class Counts(Looks):
+        def embed_images(self, rgb: Tensor) -> Tensor:
+            seen.append(len(rgb))
+            return super().embed_images(rgb)
+
+    encoder = Counts({"bent": picture(arm, goals["bent"], camera)})
+    objective = TextObjective(arm, camera, encoder, Words.of(encoder, ["bent"], ()), None, None)
+    q, generator = goals["bent"].expand(3, -1), torch.Generator().manual_seed(0)
+    seen.clear()
+    first, second = (objective.slope(q, generator)[0] for _ in range(2))
+    assert seen == [12, 12]
+    assert (first != second).any()
+    judged = objective.judged(q)
+    assert seen[2:] == [27]
+    each = [replace(objective, camera=replace(camera, T_cam_world=T[None])).judged(q) for T in camera.T_cam_world]
+    torch.testing.assert_close(judged, torch.stack(each).mean(dim=0))
+
+
 def test_the_worse_starts_are_given_up_and_the_answer_is_a_start_that_went_on(
     arm: ks.SelfModel, views: ks.Camera, goals: dict[str, Tensor]
 ) -> None:

@@ -29,13 +29,14 @@ from kinesplat.vision.clip import DEFAULT, ClipEncoder
 TEMPLATES = ("{}", "a photo of {}.", "a 3D rendering of {}.", "a picture of a robot: {}.", "{}, white background.")
 VIEWS = ((1.0, 0.7, 0.5), (1.0, -0.7, 0.5), (-1.0, 0.7, 0.5), (-1.0, -0.7, 0.5))
 VIEW_PX = 224
+VIEWS_AT_ONCE = 4
 RATE, LAST_RATE = 0.08, 0.1
 HALVED_AT = (1 / 3, 2 / 3)
 FEWEST = 2
 RECENT = 10
 NEAR = 0.3
 IMAGES_AT_ONCE = 128
-JUDGE_COPIES = 4
+JUDGE_PICTURES = 16
 JUDGE_SEED = 1
 APART = 0.25
 VARIED = Augmentation()
@@ -86,8 +87,8 @@ def text_to_q(
         model: self-model of the robot.
         prompt: a sentence, which is put into several templates whose embeddings are averaged; or a list of sentences,
             taken as they are and averaged.
-        camera: one camera, or a batch of views ``(n,)`` over which the similarity is averaged. Default: four views
-            from all round.
+        camera: one camera, or a batch of views ``(n,)`` over which the similarity is averaged; of more than four every
+            step draws four. Default: four views from all round.
         encoder: a model that `kinesplat.vision.clip.ClipEncoder.load` reads, or anything with its three methods.
         negatives: sentences that the pictures must look less like: instead of the cosine, the probability of the prompt
             among all sentences is maximised.
@@ -193,10 +194,10 @@ class TextObjective:
         self, q: Float[Tensor, "batch dof"], generator: torch.Generator
     ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch dof"]]:
         """Loss of every configuration on new variations, and its gradient."""
-        losses, gradients = [], []
-        for part in q.split(self.at_once):
+        some, losses, gradients = self.some_views(generator), [], []
+        for part in q.split(some.at_once):
             part = part.detach().requires_grad_(True)
-            loss = self.loss_of(self.cosines(part, None if self.augmentation is None else generator))
+            loss = self.loss_of(some.cosines(part, None if self.augmentation is None else generator))
             (gradient,) = torch.autograd.grad(loss.sum(), part)
             losses.append(loss.detach())
             gradients.append(gradient)
@@ -206,6 +207,15 @@ class TextObjective:
         overlap = self.overlap(q.detach())
         return loss + overlap.loss.to(loss), gradient + 2.0 * overlap.gradient.to(gradient)
 
+    def some_views(self, generator: torch.Generator) -> "TextObjective":
+        """The same with at most four of its views, drawn at random."""
+        count = self.camera.batch_shape[0]
+        if count <= VIEWS_AT_ONCE:
+            return self
+        drawn = torch.randperm(count, generator=generator)[:VIEWS_AT_ONCE].to(self.camera.K.device)
+        camera = replace(self.camera, K=self.camera.K[drawn], T_cam_world=self.camera.T_cam_world[drawn])
+        return replace(self, camera=camera)
+
     @torch.no_grad()
     def judged(self, q: Float[Tensor, "batch dof"]) -> Float[Tensor, "batch m"]:
         """Mean cosines over the plain pictures and the same few variations of every configuration's."""
@@ -213,7 +223,8 @@ class TextObjective:
         for part in q.split(self.at_once):
             cosines = self.cosines(part)
             if self.augmentation is not None:
-                varied = replace(self, augmentation=replace(self.augmentation, copies=JUDGE_COPIES))
+                copies = max(1, JUDGE_PICTURES // self.camera.batch_shape[0])
+                varied = replace(self, augmentation=replace(self.augmentation, copies=copies))
                 rows = [varied.cosines(row[None], torch.Generator().manual_seed(JUDGE_SEED)) for row in part]
                 cosines = 0.5 * (cosines + torch.cat(rows))
             parts.append(cosines)
@@ -228,7 +239,7 @@ class TextObjective:
     @cached_property
     def at_once(self) -> int:
         """Configurations that are rendered and encoded together, so that memory has a bound."""
-        copies = 1 if self.augmentation is None else max(self.augmentation.copies, JUDGE_COPIES)
+        copies = 1 if self.augmentation is None else max(self.augmentation.copies, 2)
         return max(1, IMAGES_AT_ONCE // (copies * self.camera.batch_shape[0]))
 
 

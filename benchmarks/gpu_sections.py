@@ -97,7 +97,9 @@ def robots(options: Any) -> Report:
             for key, (a, b) in equations(small, q, camera.resized(min(side, 64), min(side, 64)), device).items():
                 row[key] = relative(a, b)
         rows.append(row)
-    return {"robots": rows}
+    worst = {key: max(row[key] for row in rows) for key in ("share of pixels > 1e-4", "d q")}
+    return {"robots": rows, "largest share of pixels > 1e-4": worst["share of pixels > 1e-4"],
+            "gradients within 1e-3": worst["d q"] < 1e-3}  # fmt: skip
 
 
 def pose_step(model: SelfModel, q: Tensor, camera: Camera, device: torch.device, backend: str) -> dict[str, Tensor]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA wheels; on a CPU: pip install triton (Linux)")
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="this process compiles its kernels for a GPU")
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 
@@ -29,6 +31,7 @@ SECTIONS = ("environment", "parity", "robots", "speed", "fits", "tracking", "gsp
 LONGER = ("compiled", "capture", "train", "paper")  # they trace with Dynamo, or compile Warp's kernels
 
 
+@INTERPRETED
 @pytest.mark.parametrize("section", SECTIONS)
 def test_dry_run(gpu: ModuleType, section: str, tmp_path: Path) -> None:
     options = ["--robots", "kinearm", "--images", "20x1"]
@@ -68,6 +71,7 @@ def test_longer_dry_run(section: str, tmp_path: Path) -> None:
         assert {"ours", "no deform", "K-planes"} <= {row["model"] for row in reports[0]["paper"]}
 
 
+@INTERPRETED
 def test_reports_of_several_calls_are_one(gpu: ModuleType, tmp_path: Path) -> None:
     for section in ("graphs", "environment"):
         report = gpu.main(["--dry-run", "--out", str(tmp_path), "--only", section])

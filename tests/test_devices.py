@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kinesplat import cli
 from kinesplat.commands.common import Common
+from kinesplat.dataset import tracer
 from kinesplat.devices import resolve_device
 from kinesplat.errors import BackendError, InputError
 
@@ -34,6 +36,7 @@ def test_every_command_refuses_an_absent_gpu_before_it_does_anything(
     command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, unchecked_types: None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tracer, "_import_renderer", lambda: (SimpleNamespace(is_cuda_available=lambda: False), None))
     parameters = inspect.signature(command).parameters.values()
     needed = {p.name: "nowhere" for p in parameters if p.default is p.empty}
     with pytest.raises(BackendError, match="cuda"):

@@ -5,18 +5,15 @@
 #include <random>
 #include <thread>
 
-#include "engine.h"
+#include "owned_scene.h"
 
 using namespace kinesplat;
 
 namespace {
 
-struct Data {
-    std::vector<float> means, quats, scales, opacities, sh, background, rgb, alpha, depth, contribution, v_rgb, plane;
-    std::vector<float> v_means, v_quats, v_scales, v_opacities, v_sh;
-    std::vector<double> Ts, K, v_Ts, v_K, loss, gradient, hessian;
-    std::vector<int32_t> link_index, set_of_image, link_id;
-    Scene scene;
+struct Data : OwnedScene {
+    std::vector<float> rgb, alpha, depth, contribution, v_rgb, plane;
+    std::vector<int32_t> link_id;
 
     Data(int seed, int n, int images, int width, int height, int links, int coefficients) {
         std::mt19937 random(static_cast<uint32_t>(seed));
@@ -45,40 +42,12 @@ struct Data {
             for (int l = 0; l < links; ++l)
                 for (int j = 0; j < 16; ++j) Ts.push_back(j % 5 == 0 ? 1.0 : j == 11 ? 2.0 + 0.05 * l + 0.01 * i : 0.0);
         }
-        size_t L = static_cast<size_t>(links), I = static_cast<size_t>(images);
         rgb.resize(3 * pixels);
         alpha.resize(pixels);
         depth.resize(pixels);
         link_id.resize(pixels);
-        contribution.resize(N * I);
-        v_means.resize(means.size());
-        v_quats.resize(quats.size());
-        v_scales.resize(scales.size());
-        v_opacities.resize(N);
-        v_sh.resize(sh.size());
-        v_Ts.resize(Ts.size());
-        v_K.resize(K.size());
-        loss.resize(I);
-        gradient.resize(6 * L * I);
-        hessian.resize(36 * L * L * I);
-        scene.images = images;
-        scene.sets = 1;
-        scene.n = n;
-        scene.links = links;
-        scene.coefficients = coefficients;
-        scene.means = means.data();
-        scene.quats = quats.data();
-        scene.scales = scales.data();
-        scene.opacities = opacities.data();
-        scene.sh = sh.data();
-        scene.link_index = link_index.data();
-        scene.Ts_cam_link = Ts.data();
-        scene.K = K.data();
-        scene.set_of_image = set_of_image.data();
-        scene.background = background.data();
-        scene.width = width;
-        scene.height = height;
-        scene.eps2d = 0.3;
+        contribution.resize(N * static_cast<size_t>(images));
+        finish(images, n, links, coefficients, width, height);
     }
 
     double run(const Options &options, bool pose_only) {
@@ -88,17 +57,7 @@ struct Data {
         if (!problem.empty()) std::printf("bad input: %s\n", problem.c_str());
         forward(scene, options, *frame, out);
         ImageGradients in{v_rgb.data(), plane.data(), plane.data(), depth.data()};
-        Gradients g;
-        if (!pose_only) {
-            g.means = v_means.data();
-            g.quats = v_quats.data();
-            g.scales = v_scales.data();
-            g.opacities = v_opacities.data();
-            g.sh = v_sh.data();
-        }
-        g.Ts_cam_link = v_Ts.data();
-        g.K = v_K.data();
-        backward(scene, options, *frame, in, g);
+        backward(scene, options, *frame, in, gradients(pose_only));
         Target target;
         target.rgb = rgb.data();
         target.alpha = plane.data();

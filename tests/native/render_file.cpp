@@ -52,9 +52,7 @@ int main(int argc, char **argv) {
     forward(s.scene, options, *frame, out);
     ImageGradients incoming;
     incoming.rgb = v_rgb.data();
-    Gradients g = s.gradients(false);
-    g.K = nullptr;
-    backward(s.scene, options, *frame, incoming, g);
+    backward(s.scene, options, *frame, incoming, s.gradients(false));
     Target target;
     target.rgb = v_rgb.data();
     target.target_of_image = s.set_of_image.data();

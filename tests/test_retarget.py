@@ -24,9 +24,9 @@ from kinesplat.inverse.retarget_result import Alignment
 from kinesplat.inverse.retargeting import between, limbs
 from kinesplat.inverse.surface_tracks import SurfaceTracks
 from kinesplat.inverse.track_matching import (
-    candidates,
     chamfer,
     equal_pairs,
+    first_distances,
     frame_pairs,
     mean_squared,
     nearest_tracks,
@@ -110,29 +110,31 @@ def test_pairs_of_whole_tracks() -> None:
     mean = (away * a.visible[..., None]).sum(dim=0) / a.visible.sum(dim=0)[:, None]
     assert torch.allclose(mean_squared(a, b.points), mean, rtol=1e-3)
     partner = torch.where(allowed, mean, torch.inf).argmin(dim=1)
-    index = nearest_tracks(a, b.points, allowed)
+    distance = torch.where(allowed, mean_squared(a, b.points), torch.inf)
+    index = nearest_tracks(distance)
     assert index[3] == -1
     others = torch.arange(9) != 3
     assert torch.equal(index[others], partner[others])
-    hard = track_pairs(a, b.points, allowed)
+    hard = track_pairs(a, distance)
     loss = (hard.weight * (b.points[hard.frame, hard.ours] - hard.target).square().sum(dim=-1)).sum()
     n = (a.visible & others).sum(dim=1)
     expected = sum(away[t, i, partner[i]] / n[t] for t in range(5) for i in range(9) if a.visible[t, i] and i != 3)
     assert loss.item() == pytest.approx(float(expected), rel=1e-4)
-    soft = track_pairs(a, b.points, allowed, width=0.5)
+    soft = track_pairs(a, distance, width=0.5)
     again = (soft.weight * (b.points[soft.frame, soft.ours] - soft.target).square().sum(dim=-1)).sum()
     assert again <= loss + 1e-3  # targets of one of our points are averaged
     assert soft.weight.sum().item() == pytest.approx(hard.weight.sum().item(), rel=1e-5)
 
 
-def test_candidates_are_near_and_seen() -> None:
+def test_first_frames_tell_who_is_near_and_seen() -> None:
     a, b = random_tracks(9, 0), random_tracks(7, 1)
-    allowed = candidates(a, b, 20.0)
+    distance = first_distances(a, b, 20.0)
     first = a.visible.float().argmax(dim=0)
     for i in range(9):
         for j in range(7):
-            near = (a.points[first[i], i] - b.points[first[i], j]).norm() < 20.0
-            assert bool(allowed[i, j]) == bool(near and b.visible[first[i], j])
+            away = (a.points[first[i], i] - b.points[first[i], j]).norm()
+            near = bool(away < 20.0 and b.visible[first[i], j])
+            assert distance[i, j].item() == (pytest.approx(away.item() ** 2, rel=1e-4) if near else math.inf)
 
 
 def test_jacobian_of_pixels(surface: SurfaceTracks, motion: Tensor) -> None:
@@ -252,9 +254,9 @@ def test_gradient_of_the_objective(
 ) -> None:
     """Joints and alignment against differences of the loss with the same pairs, self-collision included."""
     q = motion.double() + 0.05
-    allowed = candidates(shown, surface.tracks(motion), 40.0)
+    distance = first_distances(shown, surface.tracks(motion), 40.0)
     priors = Priors.of(arm, self_collision=3.0)
-    objective = TrackObjective(shown, surface, lambda s, o, q: track_pairs(s, o, allowed, 4.0), robust, priors)
+    objective = TrackObjective(shown, surface, lambda s, o, q: track_pairs(s, distance, 4.0), robust, priors)
     at = Trajectory(q, torch.tensor([0.1, -0.05, 0.02, -0.03], dtype=torch.float64))
     blocks = objective.linearize(at)
     assert objective.loss(at) == pytest.approx(blocks.loss, rel=1e-6)

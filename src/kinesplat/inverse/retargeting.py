@@ -13,9 +13,18 @@ from kinesplat.camera import Camera
 from kinesplat.errors import InputError
 from kinesplat.inverse.priors import Priors
 from kinesplat.inverse.retarget_result import NEAR_SHARE, Alignment, Motion, RetargetResult
+from kinesplat.inverse.retarget_stages import FINE, HOLD, JUDGE, LAST, NEAR, SEARCH, Stage
 from kinesplat.inverse.search import joint_scale
 from kinesplat.inverse.surface_tracks import SurfaceTracks
-from kinesplat.inverse.track_matching import Pairs, candidates, equal_pairs, frame_pairs, nearest_tracks, track_pairs
+from kinesplat.inverse.track_matching import (
+    Pairs,
+    equal_pairs,
+    first_distances,
+    frame_pairs,
+    mean_squared,
+    nearest_tracks,
+    track_pairs,
+)
 from kinesplat.inverse.track_objective import TrackObjective
 from kinesplat.inverse.trajectory import Smoothness, Trajectory, solve_trajectory, standard_deviations
 from kinesplat.kinematics import KinematicTree
@@ -29,34 +38,6 @@ REST, BEGIN = 1e-3, 100.0  # cost of one joint unit [px^2]: everywhere, and in t
 BACKWARD = 0.1
 POLISHING = 4
 BOX_SHARE = 0.01
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One level of the search; lengths are for a picture of 256 px.
-
-    Attributes:
-        reach: partners are looked for within this distance in a track's first frame [px].
-        width: of the soft minimum [px]; None for the nearest partner.
-        iterations: at most.
-        robust: distance beyond which a pair counts less [px]; None: least squares.
-        dense: whether all of our points are used.
-        late: whether tracks that begin after the first frame are used, too.
-    """
-
-    reach: float
-    width: float | None
-    iterations: int
-    robust: float | None = None
-    dense: bool = True
-    late: bool = False
-
-
-SEARCH = (Stage(80.0, 12.0, 10, dense=False), Stage(50.0, 6.0, 10, dense=False), Stage(30.0, 3.0, 10, dense=False))
-JUDGE = Stage(15.0, None, 8, robust=8.0)
-NEAR = (Stage(24.0, 8.0, 12), Stage(20.0, 4.0, 12), Stage(12.0, 2.0, 12))
-FINE = Stage(8.0, None, 12, robust=6.0, late=True)
-LAST = Stage(6.0, None, 10, robust=6.0, late=True)
 
 
 @dataclass(frozen=True)
@@ -186,11 +167,21 @@ class Retargeting:
             answer = self.search(keys, starts, seed)
         else:
             answer = Answer(Trajectory(self.start(keys), self.nothing_shared()), math.inf, [])
-        for stage in (*(SEARCH[1:] if self.align else ()), *NEAR, FINE):
-            answer = self.solve(answer, stage, keys)
+        ways: list[tuple[Stage, ...]] = [(*NEAR, FINE)]
+        if self.align:
+            ways = [(*SEARCH[1:], *NEAR, FINE)]
+        elif self.q_init is not None:
+            ways.append((HOLD, NEAR[-1], FINE))
+        answer = min((self.along(answer, way, keys) for way in ways), key=lambda a: a.loss)
         rivals = tuple(Motion(between(m.q, keys, frames), m.loss) for m in answer.rivals)
         at = Trajectory(between(answer.at.q, keys, frames), answer.at.shared)
         return self.polished(self.solve(replace(answer, at=at, rivals=rivals), LAST, every))
+
+    def along(self, answer: Answer, stages: tuple[Stage, ...], keys: Int[Tensor, " keys"]) -> Answer:
+        """One stage after the other."""
+        for stage in stages:
+            answer = self.solve(answer, stage, keys)
+        return answer
 
     def start(self, keys: Int[Tensor, " keys"]) -> Float[Tensor, "keys dof"]:
         """The first guess of a motion: what was given, or the canonical configuration throughout."""
@@ -209,9 +200,7 @@ class Retargeting:
         found: list[Answer] = []
         for q in [self.tree.q_canonical.float(), *drawn]:
             answer = Answer(Trajectory(q.expand(len(keys), -1).clone(), self.nothing_shared()), math.inf, [])
-            for stage in (*SEARCH, JUDGE):
-                answer = self.solve(answer, stage, keys)
-            found.append(answer)
+            found.append(self.along(answer, (*SEARCH, JUDGE), keys))
         found.sort(key=lambda answer: answer.loss)
         rivals = tuple(Motion(answer.at.q, answer.loss) for answer in found)
         return replace(self.recombined(found, keys), rivals=rivals)
@@ -242,10 +231,15 @@ class Retargeting:
         shown = shown.select(shown.visible.any(dim=0)) if anchor is None else shown
         surface = self.surface(stage.dense, keys)
         aligned = TrackObjective(shown, surface, _nothing).aligned(at.shared)
-        allowed = candidates(aligned, surface.tracks(at.q), stage.reach * self.unit, anchor)
+        first = first_distances(aligned, surface.tracks(at.q), stage.reach * self.unit, anchor)
         width = None if stage.width is None else stage.width * self.unit
         robust = None if stage.robust is None else stage.robust * self.unit
-        return TrackObjective(shown, surface, lambda s, o, q: track_pairs(s, o, allowed, width), robust, self.priors)
+
+        def pairing(s: PointTracks, o: Tensor, q: Tensor) -> Pairs:
+            through = first if stage.held else torch.where(torch.isfinite(first), mean_squared(s, o), torch.inf)
+            return track_pairs(s, through, width)
+
+        return TrackObjective(shown, surface, pairing, robust, self.priors)
 
     def solve(self, answer: Answer, stage: Stage, keys: Int[Tensor, " keys"]) -> Answer:
         """One stage."""
@@ -279,8 +273,9 @@ class Retargeting:
         """The tracks that have a partner, and the partners."""
         judge = self.objective(at, LAST, self.every)
         surface = judge.ours
-        allowed = candidates(judge.aligned(at.shared), surface.tracks(at.q), LAST.reach * self.unit)
-        index = nearest_tracks(judge.aligned(at.shared), surface.pixels(surface.in_camera(at.q)), allowed)
+        shown, ours = judge.aligned(at.shared), surface.tracks(at.q)
+        first = first_distances(shown, ours, LAST.reach * self.unit)
+        index = nearest_tracks(torch.where(torch.isfinite(first), mean_squared(shown, ours.points), torch.inf))
         return judge.shown.select(index >= 0), surface.select(index[index >= 0])
 
     def chamfer(self) -> Answer:

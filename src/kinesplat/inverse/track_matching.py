@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kinesplat.vision.point_tracks import PointTracks
@@ -66,30 +66,26 @@ def frame_pairs(shown: PointTracks, ours: PointTracks, backward: float = 1.0) ->
 
 
 @torch.no_grad()
-def track_pairs(
-    shown: PointTracks, ours: Float[Tensor, "frames m 2"], allowed: Bool[Tensor, "n m"], width: float | None = None
-) -> Pairs:
+def track_pairs(shown: PointTracks, distance: Float[Tensor, "n m"], width: float | None = None) -> Pairs:
     """Partners for whole tracks: a point stays the same point, so one partner serves all the frames it is seen in.
 
     Whether ours can be seen does not matter here: while a motion is still wrong, the right point is often hidden.
 
     Args:
         shown: the demonstration's.
-        ours: where our points are, hidden or not [px].
-        allowed: which of ours each may have as a partner, see `candidates`.
+        distance: squared, of every track from every point of ours [px^2]; infinite where they cannot be partners.
         width: None for the nearest; otherwise every track has many partners, whose shares fall off as a Gaussian of
             this width [px], as in coherent point drift (Myronenko & Song 2010, eq. 6), but between tracks. All targets
             of one of our points in one frame are then replaced by their mean, which leaves the derivatives as they are.
     """
-    w = shown.visible.to(ours)
-    distance = torch.where(allowed, mean_squared(shown, ours), torch.inf)
+    w = shown.visible.to(distance)
     matched = torch.isfinite(distance.amin(dim=1))
     each = (w * matched) / (w * matched).sum(dim=1, keepdim=True).clamp(min=1.0)
     if width is None:
         frame, index = torch.nonzero(each, as_tuple=True)
-        return Pairs(frame, distance.argmin(dim=1)[index], shown.points[frame, index].to(ours), each[frame, index])
+        return Pairs(frame, distance.argmin(dim=1)[index], shown.points[frame, index].to(distance), each[frame, index])
     share = torch.nan_to_num(torch.softmax(-distance / (2.0 * width**2), dim=1))
-    places = torch.where(shown.visible[..., None], shown.points.to(ours), 0.0)
+    places = torch.where(shown.visible[..., None], shown.points.to(distance), 0.0)
     weight = each @ share
     moment = torch.stack([(each * places[..., i]) @ share for i in (0, 1)], dim=-1)
     frame, index = torch.nonzero(weight > LEAST_WEIGHT, as_tuple=True)
@@ -98,12 +94,10 @@ def track_pairs(
 
 
 @torch.no_grad()
-def nearest_tracks(
-    shown: PointTracks, ours: Float[Tensor, "frames m 2"], allowed: Bool[Tensor, "n m"]
-) -> Int[Tensor, " n"]:
-    """The partner of every track, -1 for those that may have none."""
-    distance = torch.where(allowed, mean_squared(shown, ours), torch.inf)
-    return torch.where(allowed.any(dim=1), distance.argmin(dim=1), -1)
+def nearest_tracks(distance: Float[Tensor, "n m"]) -> Int[Tensor, " n"]:
+    """The partner of every track, -1 for those that have none."""
+    nearest = distance.min(dim=1)
+    return torch.where(torch.isfinite(nearest.values), nearest.indices, -1)
 
 
 @torch.no_grad()
@@ -115,24 +109,26 @@ def equal_pairs(shown: PointTracks) -> Pairs:
 
 
 @torch.no_grad()
-def candidates(
+def first_distances(
     shown: PointTracks, ours: PointTracks, reach: float, anchor: Int[Tensor, " n"] | None = None
-) -> Bool[Tensor, "n m"]:
-    """Which of our points each track may belong to: those seen within `reach` [px] of it in its first frame.
+) -> Float[Tensor, "n m"]:
+    """Squared distance [px^2] of every track from the points of ours that are seen near it in its first frame.
 
     Args:
         shown: the demonstration's.
         ours: ours.
-        reach: how far off [px].
+        reach: what is near [px]; all else is infinitely far.
         anchor: the frame to look at, by default that in which each track is first seen.
     """
     anchor = shown.visible.float().argmax(dim=0) if anchor is None else anchor
     n = torch.arange(len(anchor))
     own = ours.points.to(shown.points)[anchor]
     away = (own - shown.points[anchor, n][:, None]).norm(dim=-1)
-    return (away < reach) & ours.visible[anchor] & shown.visible[anchor, n][:, None]
+    near = (away < reach) & ours.visible[anchor] & shown.visible[anchor, n][:, None]
+    return torch.where(near, away.square(), torch.inf)
 
 
+@torch.no_grad()
 def mean_squared(shown: PointTracks, ours: Float[Tensor, "frames m 2"]) -> Float[Tensor, "n m"]:
     """Mean squared distance [px^2] of every two tracks over the frames in which the demonstration's is seen."""
     w = shown.visible.to(ours)

@@ -18,7 +18,7 @@ from kinesplat.errors import InputError
 from kinesplat.files import written_whole
 from kinesplat.vision.loading import library
 
-WINDOW_PX = 15
+WINDOW_PX = 11
 PYRAMID = 3
 RETURN_PX = 0.5
 LEVELS = 1024

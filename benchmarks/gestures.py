@@ -19,7 +19,7 @@ from kinesplat.inverse.text import TEMPLATES
 from kinesplat.rasterizer.spherical_harmonics import SH_C0
 from kinesplat.vision.clip import ClipEncoder
 
-PX = 64
+PX = 56
 BRIGHTER = 4.0
 CENTRE = (0.34, 0.0, 0.0)
 NAMES = ("a fist", "an open hand", "a pointing finger", "a victory sign", "thumbs up", "an OK sign")
@@ -32,9 +32,9 @@ NOTHING_AT = 0.25
 SLOPES = (1.0, 6.0)
 THRESHOLD = 0.16
 GREY_ZONE = 0.05
-CLIMBERS, CLIMB_STEPS = 24, 18
+STOCKED, FIRST = 4_000, 512
+CLIMBERS, CLIMB_STEPS, CLIMBED_VIEWS = 16, 15, 6
 CLIMB_FROM, CLIMB_EVERY = 200, 40
-KEPT = 1_500
 VARIED = Augmentation(copies=1, crop=0.85, backdrop=0.25)
 
 
@@ -126,6 +126,35 @@ class World:
         return varied(out.rgb, out.alpha, generator)
 
 
+@dataclass
+class Stock:
+    """The last few thousand pictures, each of its own configuration and camera; every use varies them anew."""
+
+    world: World
+    varied: Augmentation
+    q: Tensor | None = None
+    rgb: Tensor | None = None
+    alpha: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, q: Tensor, generator: torch.Generator) -> None:
+        """Render configurations from random cameras."""
+        out = self.world.model.render(q, cameras(len(q), generator), (0.0, 0.0, 0.0))
+        assert out.rgb is not None
+        assert out.alpha is not None
+        for name, new in (("q", q), ("rgb", out.rgb), ("alpha", out.alpha)):
+            old = getattr(self, name)
+            setattr(self, name, new if old is None else torch.cat([old, new])[-STOCKED:])
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Configurations ``(count, dof)`` and their pictures ``(count, PX, PX, 3)``."""
+        assert self.q is not None
+        assert self.rgb is not None
+        assert self.alpha is not None
+        drawn = torch.randint(len(self.q), (count,), generator=generator)
+        return self.q[drawn], self.varied(self.rgb[drawn], self.alpha[drawn], generator)
+
+
 PROCESSOR = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 GROUPS = ("WR", *FINGERS, "TH")
 
@@ -144,7 +173,7 @@ def cameras(count: int, generator: torch.Generator, px: int = PX, spread: bool =
     flat = rise.cos()
     direction = torch.stack([rise.sin(), flat * azimuth.sin(), flat * azimuth.cos()], dim=-1)
     target = torch.tensor(CENTRE) + 0.012 * torch.randn(count, 3, generator=generator)
-    distance = 0.32 + 0.1 * torch.rand(count, 1, generator=generator)
+    distance = 0.3 + 0.08 * torch.rand(count, 1, generator=generator)
     return ks.Camera.look_at(target + distance * direction, target, 0.785, px, px, up=(1.0, 0.0, 0.0))
 
 
@@ -234,7 +263,7 @@ def climbed(world: World, encoder: ClipEncoder, generator: torch.Generator) -> T
         optimizer.step()
         with torch.no_grad():
             units.copy_(world.model.tree.clamp(units))
-        if step >= CLIMB_STEPS // 2 and step % 3 == 0:
+        if step >= CLIMB_STEPS // 2 and step % 2 == 0:
             path.append(units.detach().clone())
     return torch.cat(path)
 
@@ -285,18 +314,19 @@ def trained_encoder(world: World, folder: Path, steps: int, batch: int) -> ClipE
     encoder = fresh_encoder(folder / "untrained")
     encoder.network.requires_grad_(True).train()
 
-    store = torch.zeros(0, world.model.tree.dof)
+    stock = Stock(world, VARIED)
 
     def loss_of(generator: torch.Generator, step: int) -> Tensor:
-        nonlocal store
-        if step >= CLIMB_FROM and (step % CLIMB_EVERY == 0 or not len(store)):
-            store = torch.cat([store, climbed(world, encoder, generator)])[-KEPT:]
-        q = torch.cat([world.between(batch - batch // 6, generator), world.random(batch // 6, generator)])
-        if len(store):
-            count = batch // 3
-            q[:count] = store[torch.randint(len(store), (count,), generator=generator)]
+        count = FIRST if stock.q is None else batch // 3
+        stock.add(
+            torch.cat([world.between(count - count // 6, generator), world.random(count // 6, generator)]), generator
+        )
+        if step >= CLIMB_FROM and step % CLIMB_EVERY == 0:
+            led = climbed(world, encoder, generator)
+            for _ in range(CLIMBED_VIEWS):
+                stock.add(led, generator)
+        q, pictures = stock.draw(batch, generator)
         template = TEMPLATES[int(torch.randint(len(TEMPLATES), (1,), generator=generator))]
-        pictures = world.pictures(q, cameras(batch, generator), generator, VARIED)
         return contrastive_loss(world, encoder, q, pictures, template)
 
     train(encoder.network, loss_of, steps, 1e-3, folder / "encoder.pt", seed=1)
@@ -326,18 +356,20 @@ def trained_classifier(world: World, folder: Path, steps: int, batch: int) -> to
     torch.manual_seed(77)
     network, varied = classifier(), Augmentation(copies=1, crop=0.9, turn=0.05, colour=0.08)
 
+    stock = Stock(world, varied)
+
     def loss_of(generator: torch.Generator, step: int) -> Tensor:
-        which = torch.randint(6, (batch,), generator=generator)
+        count = FIRST if stock.q is None else batch // 4
+        which = torch.randint(6, (count,), generator=generator)
         lower, upper = world.limits
-        noise = (upper - lower) * torch.randn(batch, len(lower), generator=generator)
-        near = world.model.tree.clamp(world.q[which] + 0.1 * torch.rand(batch, 1, generator=generator) * noise)
-        q = torch.cat([near, world.between(batch, generator), world.random(batch // 4, generator)])
+        noise = (upper - lower) * torch.randn(count, len(lower), generator=generator)
+        near = world.model.tree.clamp(world.q[which] + 0.1 * torch.rand(count, 1, generator=generator) * noise)
+        q = torch.cat([near, world.between(count, generator), world.random(count // 4, generator)])
+        distance = world.distances(q).amin(dim=1)
+        stock.add(q[(distance - THRESHOLD).abs() > 0.5 * GREY_ZONE], generator)
+        q, pictures = stock.draw(batch, generator)
         distance, label = world.distances(q).min(dim=1)
-        label = torch.where(distance < THRESHOLD, label, 6)
-        keep = (distance - THRESHOLD).abs().gt(0.5 * GREY_ZONE).nonzero()[:, 0]
-        q, label = q[keep], label[keep]
-        pictures = world.pictures(q, cameras(len(q), generator), generator, varied)
-        return F.cross_entropy(network(pictures.permute(0, 3, 1, 2)), label)
+        return F.cross_entropy(network(pictures.permute(0, 3, 1, 2)), torch.where(distance < THRESHOLD, label, 6))
 
     train(network, loss_of, steps, 1e-3, folder / "classifier.pt", seed=2)
     return network.eval()

@@ -1,7 +1,7 @@
 """What runs on a GPU keeps to it: a stand-in refuses to mix its tensors with the CPU's."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -24,8 +24,9 @@ from kinesplat.evaluation.kplanes import KPlanesModel
 from kinesplat.inverse import camera_search
 from kinesplat.inverse.lighting import Light
 from kinesplat.inverse.observation import Observation
-from kinesplat.inverse.photograph import seen_again
+from kinesplat.inverse.photograph import second_look
 from kinesplat.inverse.result import FitResult, Hypothesis
+from kinesplat.inverse.text import text_to_q
 from kinesplat.rasterizer import normal_equations
 from kinesplat.training import field
 from kinesplat.training.default import DefaultSettings, fit_splats, prepared
@@ -164,10 +165,10 @@ def test_photographs_get_their_second_look(work: Work) -> None:
     fit = FitResult(q, camera, (0.1,), (0,), q[None], torch.eye(6), model.tree.joint_names,
                     (Hypothesis(q, camera, 0.1),), "converged", 0.0,
                     {"unexplained": 0.0, "confirmed": True})  # fmt: skip
-    light = Light(torch.rand(4, 3))
-    again = seen_again(model, seen, fit, light, 0, torch.device("cuda"))
-    assert again.q.device.type == "cpu"
-    assert work.gpu > 0 == work.cpu
+    light = Light(torch.rand(9, 3), torch.ones(len(model.tree.link_names)))
+    solution, losses = second_look(model, seen, fit, light, 0, torch.device("cuda"))
+    assert solution.state.q.device.type == losses.device.type == "cpu"
+    assert work.gpu > work.cpu  # small pictures, from which lights are fitted, are made on the CPU
 
 
 def pictures(model: ks.SelfModel, q: torch.Tensor) -> Frames:
@@ -270,3 +271,21 @@ def test_commands(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="computes on the CPU alone"):
         cpu_of(Common(device="cuda"))
     assert cpu_of(Common()) == torch.device("cpu")
+
+
+def test_text(work: Work, arm: ks.SelfModel) -> None:
+    """Words to joints, gradients through the pictures."""
+
+    class Bright:
+        logit_scale = 10.0
+
+        def embed_text(self, prompts: Sequence[str]) -> torch.Tensor:
+            return torch.ones(len(prompts), 3, device="cuda") / 3**0.5
+
+        def embed_images(self, rgb: torch.Tensor) -> torch.Tensor:
+            assert rgb.is_cuda
+            return torch.nn.functional.normalize(rgb.mean((1, 2)) + 0.1, dim=-1)
+
+    found = text_to_q(arm.to("cuda"), "hello", encoder=Bright(), starts=2, iterations=3)
+    assert found.q.device.type == "cpu"
+    assert work.gpu > 0 == work.cpu

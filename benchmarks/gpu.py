@@ -31,7 +31,7 @@ LIMITS = {  # seconds that a section may take; gsplat is compiled beside the sec
     "speed": 90,
     "fits": 60,
     "tracking": 60,
-    "capture": 60,
+    "capture": 120,
     "train": 600,
     "gsplat": 200,
     "graphs": 40,
@@ -156,9 +156,10 @@ def pip(out: Path, *arguments: str) -> dict[str, Any]:
 
 
 def environment_of(out: Path) -> dict[str, str]:
-    """Variables of a section's process: our sources, the wheels, and gsplat compiled for this card only."""
+    """Variables of a section's process: our sources, the wheels, and gsplat compiled for this card only, on half of
+    the cores, since it is compiled while others are measured."""
     path = [str(ROOT / "src"), str((out / "site").resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
-    more = {"PYTHONPATH": os.pathsep.join(path), "MAX_JOBS": str(os.cpu_count() or 4)}
+    more = {"PYTHONPATH": os.pathsep.join(path), "MAX_JOBS": str(max(1, (os.cpu_count() or 4) // 2))}
     return {**os.environ, **more, **card()}
 
 

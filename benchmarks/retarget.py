@@ -131,7 +131,7 @@ def allegro(model: ks.SelfModel, frames: int, seed: int, folder: Path) -> Any:
     own_points = model.posed(model.tree.q_canonical.float()).means[hand].detach()
     camera = filled(ks.Camera.framing(own_points, (0.35, 0.0, 1.0), width=SIZE, height=SIZE), own_points)
     tracks, _ = demonstrated(video, camera, None, lucas_kanade)
-    fit = ks.retarget(model, tracks, camera, align=True, self_collision=1.0, seed=seed)
+    fit = ks.retarget(model, tracks, camera, align=True, seed=seed)
     film(folder / "allegro", model, video, tracks, fit)
     a = fit.alignment
     row = {"case": "Allegro to Shadow", "tracks": fit.tracks, "seconds": fit.seconds, "verdict": fit.verdict}

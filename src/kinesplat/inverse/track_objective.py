@@ -15,7 +15,10 @@ from kinesplat.inverse.track_matching import Pairs
 from kinesplat.inverse.trajectory import FrameBlocks, Trajectory
 from kinesplat.vision.point_tracks import PointTracks
 
-ALIGNMENT_STD = (0.2, 0.2, 0.1, 0.1)
+ALIGNMENT_SCALE = (0.1, 0.1, 0.05, 0.05)
+ALIGNMENT_COST = (
+    1e-4  # [image sides^2] in every frame, for an alignment of that scale: without it all shrinks to a point
+)
 
 
 @dataclass
@@ -118,7 +121,8 @@ class TrackObjective:
         return -torch.cat([arm[..., None], turned[..., None], shift], dim=-1)
 
     def _std(self, shared: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-        return shared.new_tensor(ALIGNMENT_STD)[: len(shared)]
+        each = (ALIGNMENT_COST * len(self.shown.points)) ** 0.5 * self._side
+        return shared.new_tensor(ALIGNMENT_SCALE)[: len(shared)] / each
 
     def _alignment_cost(self, shared: Float[Tensor, " p"]) -> float:
         return (shared / self._std(shared)).square().sum().item()

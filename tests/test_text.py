@@ -24,6 +24,7 @@ from kinesplat.inverse.augmentation import Augmentation
 from kinesplat.inverse.priors import Priors
 from kinesplat.inverse.text import TextObjective, Words, starting, text_to_q
 from kinesplat.inverse.text_result import spread_of, verdict
+from kinesplat.skinning import SkinningField
 from kinesplat.vision.clip import ClipEncoder
 
 STILL = Augmentation(copies=2, crop=1.0, turn=0.0, perspective=0.0, colour=0.0, backdrop=0.0)
@@ -168,7 +169,10 @@ def test_a_random_clip_climbs_and_stays_within_the_limits(arm: ks.SelfModel, vie
     fit = text_to_q(arm, "thumbs up", views, encoder=encoder, starts=3, iterations=15, seed=2)
     again = text_to_q(arm, "thumbs up", views, encoder=encoder, starts=3, iterations=15, seed=2)
     assert torch.equal(fit.q_history, again.q_history)
-    assert fit.cosine > fit.evidence["start_cosines"][-1]
+    plain = text_to_q(
+        arm, "thumbs up", views, encoder=encoder, starts=3, iterations=15, augmentation=None, self_collision=0.0
+    )
+    assert plain.cosine > plain.evidence["start_cosines"][-1]
     assert len(fit.q_history) == 16
     assert len(fit.loss_history) == 15
     assert ((fit.q_history >= arm.tree.q_lower - 1e-6) & (fit.q_history <= arm.tree.q_upper + 1e-6)).all()
@@ -250,6 +254,28 @@ def overlap(arm: ks.SelfModel, q: Tensor) -> Tensor:
 NO_WORDS = Words(torch.ones(1, 1), ("",))
 
 
+def test_self_collision_knows_models_with_a_skinning_field(arm: ks.SelfModel) -> None:
+    """Their splats are stored in the world, in the canonical configuration."""
+    world = arm.posed(arm.tree.q_canonical.float()).means
+    field = SkinningField(len(arm.tree.link_names))
+    skinned = replace(arm, parameters=replace(arm.parameters, means=world), skinning=field)
+    found, expected = (Priors.of(text._in_link_frames(model), 1.0) for model in (skinned, arm))
+    torch.testing.assert_close(found.centres, expected.centres, rtol=0.0, atol=1e-5)
+    assert len(found.pairs) == len(expected.pairs)
+
+
+def test_an_encoder_that_answers_no_number_is_refused(arm: ks.SelfModel, views: ks.Camera) -> None:
+    class Broken(Looks):
+        def embed_images(self, rgb: Tensor) -> Tensor:
+            return super().embed_images(rgb) * math.nan
+
+    encoder = Looks({"bent": torch.rand(1, 48, 48, 3)})
+    words = Words.of(encoder, ["bent"], [])
+    objective = TextObjective(arm, one(views), Broken({}), words, None, None)
+    with pytest.raises(InputError, match="not finite in step 0"):
+        text.ascend(objective, torch.zeros(1, 7), 2, torch.Generator(), Progress(disable=True))
+
+
 def test_templates_are_averaged_and_lists_taken_as_they_are() -> None:
     class Counts(Looks):
         def embed_text(self, prompts: Sequence[str]) -> Tensor:
@@ -296,6 +322,7 @@ def test_bad_input_is_refused(arm: ks.SelfModel, views: ks.Camera, goals: dict[s
         ({"camera": inside}, "robot"),
         ({"camera": ks.Camera(torch.eye(3), torch.eye(4).repeat(2, 2, 1, 1), 8, 8)}, "batch"),
         ({"self_collision": -1.0}, "self_collision"),
+        ({"negatives": "a fist"}, "expected a list"),
         ({"encoder": "./nowhere"}, "no such folder"),
     ):
         arguments = {

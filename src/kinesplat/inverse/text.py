@@ -113,7 +113,7 @@ def text_to_q(
     if isinstance(encoder, str | Path):
         encoder = ClipEncoder.load(encoder, device)
     words = Words.of(encoder, prompt, negatives)
-    priors = Priors.of(model.to("cpu"), self_collision) if self_collision else None
+    priors = Priors.of(_in_link_frames(model.to("cpu")), self_collision) if self_collision else None
     objective = TextObjective(model, camera, encoder, words, augmentation, priors)
     generator = torch.Generator().manual_seed(seed)
     q = starting(tree, q_init, starts, generator).to(camera.K)
@@ -139,6 +139,8 @@ class Words:
         """Means of the unit vectors of every sentence in all templates, or of the sentences that were listed."""
         if not prompt or not all(sentence.strip() for sentence in ([prompt] if isinstance(prompt, str) else prompt)):
             raise InputError("the prompt is empty; say what the robot should show")
+        if isinstance(negatives, str):
+            raise InputError(f"negatives is the sentence {negatives!r}; expected a list of sentences")
         groups = [_filled(prompt) if isinstance(prompt, str) else list(prompt), *(_filled(n) for n in negatives)]
         means = [encoder.embed_text(group).mean(dim=0) for group in groups]
         names = (prompt if isinstance(prompt, str) else prompt[0], *negatives)
@@ -270,6 +272,8 @@ def ascend(
         share = 0.5 * (1.0 + math.cos(math.pi * step / iterations))
         optimizer.param_groups[0]["lr"] = RATE * (LAST_RATE + (1.0 - LAST_RATE) * share)
         loss, gradient = objective.slope(path[-1][alive], generator)
+        if not (torch.isfinite(loss).all() and torch.isfinite(gradient).all()):
+            raise InputError(f"the encoder's answer is not finite in step {step}; load it in float32")
         units.grad = torch.zeros_like(q).index_copy(0, alive.to(q.device), gradient * scale)
         optimizer.step()
         with torch.no_grad():
@@ -279,6 +283,16 @@ def ascend(
         losses.append(torch.full((len(q),), math.nan).to(q).index_copy(0, alive.to(q.device), loss))
         bar.update(task, advance=1, description=f"climbing, loss {float(loss.min()):.3f}")
     return torch.stack(path), torch.stack(losses)
+
+
+def _in_link_frames(model: SelfModel) -> SelfModel:
+    """The model as `Priors` reads it: splats that follow a skinning field lie in the world, not in their links."""
+    if model.skinning is None:
+        return model
+    Ts_link_world = torch.linalg.inv(model.tree.forward_kinematics(model.tree.q_canonical.to(model.parameters.means)))
+    T = Ts_link_world[model.link_index]
+    means = (T[:, :3, :3] @ model.parameters.means[..., None])[..., 0] + T[:, :3, 3]
+    return replace(model, parameters=replace(model.parameters, means=means), skinning=None, appearance=None)
 
 
 def starting(

@@ -100,6 +100,7 @@ def fit_canonical(
     gradients = ScreenGradients(len(parameters), device)
 
     def step(number: int, share: float) -> dict[str, Tensor]:
+        """One picture: L1, a step of Adam, and the gradients on the screen noted for the density control."""
         (row,) = batch_rows(len(frames), 1, number, seed).tolist()
         view, leaves = frames.select([row]), splats.parameters
         camera = Camera(view.camera.K[0], view.camera.T_cam_world[0], view.camera.width, view.camera.height)

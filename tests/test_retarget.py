@@ -460,3 +460,27 @@ def test_bad_input(arm: ks.SelfModel, camera: ks.Camera, shown: PointTracks, mot
         ks.retarget(arm, shown, camera, smoothness=-1.0)
     with pytest.raises(InputError, match="no frame"):
         ks.retarget(arm, [], camera)
+    with pytest.raises(InputError, match="masks are given with tracks"):
+        ks.retarget(arm, shown, camera, masks=[])
+    with pytest.raises(InputError, match="starts is 0"):
+        ks.retarget(arm, shown, camera, starts=0)
+
+
+@pytest.mark.slow
+def test_a_hand_of_24_joints() -> None:
+    """The Shadow Hand's fingertips follow the tracks of a perfect tracker, the first frame known within 0.02 rad."""
+    hand = ks.zoo.load("shadow_hand")
+    tree, generator = hand.tree, torch.Generator().manual_seed(0)
+    span = (tree.q_upper - tree.q_lower).float()
+    ends = tree.q_lower.float() + span * (0.1 + 0.5 * torch.rand(2, tree.dof, generator=generator))
+    q = between(ends, torch.tensor([0, 19]), 20)
+    on_hand = hand.link_index >= tree.link_names.index("rh_palm")
+    points = hand.posed(q[[0, 19]]).means[:, on_hand].detach().flatten(0, 1)
+    camera = ks.Camera.framing(points, (0.55, 0.3, 0.8), width=256, height=256)
+    every = SurfaceTracks.on(hand, camera, 100_000)
+    shown = every.select(torch.randperm(len(every.links), generator=generator)[:1_200]).tracks(q)
+    fit = ks.retarget(hand, shown, camera, q_init=q[0] + 0.02 * torch.randn(tree.dof, generator=generator))
+    links = [tree.link_names.index(f"rh_{finger}distal") for finger in ("ff", "mf", "rf", "lf", "th")]
+    away = [tree.forward_kinematics(x)[:, links, :3, 3] for x in (fit.q, q)]
+    assert fit.verdict == "followed"
+    assert (away[0] - away[1]).norm(dim=-1).median() < 0.005

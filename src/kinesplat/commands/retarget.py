@@ -12,7 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kinesplat.camera import Camera
-from kinesplat.commands.common import DEFAULTS, EXIT_FAILED, CommonOptions, Model, cpu_of, load_model, out, write_json
+from kinesplat.commands.common import (
+    DEFAULTS,
+    EXIT_FAILED,
+    CommonOptions,
+    Model,
+    cpu_of,
+    err,
+    load_model,
+    out,
+    write_json,
+)
 from kinesplat.commands.track import check_output, read_masks, write_columns
 from kinesplat.errors import InputError
 from kinesplat.files import colours_of, side_by_side
@@ -95,22 +105,26 @@ def retarget(
         raise InputError(f"{video} holds tracks, no pictures: no --this-robot, --film or --save-tracks")
     seen_by = camera_of(loaded, camera, video)
     if tracks is None:
-        tracks, _ = demonstrated(read_frames(video), seen_by, None if masks is None else read_masks(masks), tracker)
+        with err.status("following points through the video"):
+            tracks, _ = demonstrated(read_frames(video), seen_by, None if masks is None else read_masks(masks), tracker)
     if save_tracks is not None:
         tracks.save(save_tracks)
-    result = follow(
-        loaded,
-        tracks,
-        seen_by,
-        q_init=first_frame(loaded, video, masks, seen_by, q_init, this_robot, common.seed),
-        objective=following.objective,
-        tracker=tracker,
-        align=following.align,
-        starts=following.starts,
-        smoothness=following.smoothness,
-        self_collision=following.self_collision,
-        seed=common.seed,
-    )
+    with err.status("finding the first frame"):
+        start = first_frame(loaded, video, masks, seen_by, q_init, this_robot, common.seed)
+    with err.status("finding the motion"):
+        result = follow(
+            loaded,
+            tracks,
+            seen_by,
+            q_init=start,
+            objective=following.objective,
+            tracker=tracker,
+            align=following.align,
+            starts=following.starts,
+            smoothness=following.smoothness,
+            self_collision=following.self_collision,
+            seed=common.seed,
+        )
     rate = DEFAULT_RATE if video.suffix == ".npz" else frame_rate(video)
     write_columns(output, columns_of(result, rate))
     if film is not None:

@@ -79,6 +79,8 @@ def retarget(
         raise InputError(unknown("objective", objective, OBJECTIVES))
     if not 0.0 <= smoothness < math.inf or not 0.0 <= self_collision < math.inf:
         raise InputError(f"smoothness is {smoothness}, self_collision {self_collision}; expected 0 or more")
+    if starts is not None and starts < 1:
+        raise InputError(f"starts is {starts}; expected 1 or more")
     shown, camera = demonstrated(demonstration, camera, masks, tracker)
     with torch.no_grad():
         work = Retargeting.create(model, shown, camera, q_init, align, smoothness, self_collision)
@@ -111,6 +113,8 @@ def demonstrated(
     """
     if not isinstance(camera, Camera):
         raise InputError(f"camera is a {type(camera).__name__}; expected a kinesplat.Camera")
+    if isinstance(demonstration, PointTracks) and masks is not None:
+        raise InputError("masks are given with tracks; they belong to a video")
     if not isinstance(demonstration, PointTracks):
         one = replace(camera, K=camera.K.reshape(-1, 3, 3)[0], T_cam_world=camera.T_cam_world.reshape(-1, 4, 4)[0])
         clip = Clip.read(demonstration, masks, None, one, LONG_SIDE)

@@ -42,6 +42,22 @@ def work(monkeypatch: pytest.MonkeyPatch, unchecked_types: None) -> Iterator[Wor
         yield work
 
 
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small searches, and few steps at every image size."""
+    for module, names in (("calibrate", ("NEAR_LEVELS", "FINE_LEVELS")), ("track", ("LEVELS",))):
+        there = import_module(f"kinesplat.inverse.{module}")
+        for name in names:
+            monkeypatch.setattr(there, name, tuple(replace(level, iterations=2) for level in getattr(there, name)))
+    monkeypatch.setattr(import_module("kinesplat.inverse.calibrate"), "REFIT_ITERATIONS", 1)
+    plan = import_module("kinesplat.inverse.reconstruct")
+    planned = plan.planned
+    monkeypatch.setattr(
+        plan, "planned", lambda *given: [replace(a, drawn=64, rounds=a.rounds[:1]) for a in planned(*given)]
+    )
+    monkeypatch.setattr(import_module("kinesplat.inverse.search"), "CHILDREN", 64)
+
+
 def test_the_stand_in_refuses_what_a_gpu_refuses() -> None:
     here, there = torch.ones(3), torch.ones(3, device="cuda")
     assert there.device == resolve_device("auto") == torch.device("cuda", 0)
@@ -87,7 +103,7 @@ def test_render_and_normal_equations() -> None:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_reconstruct(work: Work, known: bool) -> None:
+def test_reconstruct(work: Work, short: None, known: bool) -> None:
     model = ks.zoo.load("kinearm").subsample(1000).to("cuda")
     q = model.tree.q_canonical.float().to("cuda")
     camera = Camera.framing(model.posed(q).means, width=48, height=48)
@@ -99,16 +115,6 @@ def test_reconstruct(work: Work, known: bool) -> None:
     fit.report()
     fit.to_json()
     assert work.gpu > 0 == work.cpu
-
-
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few steps at every image size."""
-    for module, names in (("calibrate", ("NEAR_LEVELS", "FINE_LEVELS")), ("track", ("LEVELS",))):
-        there = import_module(f"kinesplat.inverse.{module}")
-        for name in names:
-            monkeypatch.setattr(there, name, tuple(replace(level, iterations=2) for level in getattr(there, name)))
-    monkeypatch.setattr(import_module("kinesplat.inverse.calibrate"), "REFIT_ITERATIONS", 1)
 
 
 def test_calibrate(work: Work, short: None) -> None:

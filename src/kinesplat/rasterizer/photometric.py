@@ -71,15 +71,12 @@ def in_torch(
     With s = x + y and d = x - y, 1 - SSIM of a pixel is ``p + q - p q``, where p is twice the share of ``mean(d)^2``
     in ``mean(s)^2 + mean(d)^2 + 2 C1`` and q twice that of ``var(d)`` in ``var(s) + var(d) + 2 C2``.
     """
-    batch = rendered.shape[:-3]
-    x, y = (t.reshape(-1, *t.shape[-3:]).permute(0, 3, 1, 2).flatten(0, 1)[:, None] for t in (rendered, truth))
-    offsets = torch.arange(-RADIUS, RADIUS + 1, device=x.device, dtype=torch.float64)
-    line = torch.exp(-0.5 * (offsets / SIGMA).square())
-    line = (line / line.sum()).to(x)
+    batch, (height, width) = rendered.shape[:-3], rendered.shape[-3:-1]
+    x, y = (t.reshape(-1, *t.shape[-3:]).permute(0, 3, 1, 2) for t in (rendered, truth))
+    down, across = (_window(size).to(x) for size in (height, width))
 
     def mean(values: Tensor) -> Tensor:
-        across = torch.nn.functional.conv2d(values, line.view(1, 1, 1, -1), padding=(0, RADIUS))
-        return torch.nn.functional.conv2d(across, line.view(1, 1, -1, 1), padding=(RADIUS, 0))
+        return down @ values @ across.mT
 
     s, d = x + y, x - y
     mean_s, mean_d = mean(s), mean(d)
@@ -88,6 +85,14 @@ def in_torch(
     q = 2.0 * var_d / (var_s + var_d + 2.0 * C2)
     values = (1.0 - weight) * d.abs() + weight * (p + q - p * q)
     return values.reshape(math.prod(batch), -1).mean(dim=1).view(batch)
+
+
+def _window(size: int) -> Float[Tensor, "size size"]:
+    """Row i holds the weights of a line's pixels in the mean at pixel i (convolutions would round to TF32 on a GPU)."""
+    away = torch.arange(size, dtype=torch.float64)[:, None] - torch.arange(size, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (torch.arange(-RADIUS, RADIUS + 1, dtype=torch.float64) / SIGMA).square())
+    rows = torch.exp(-0.5 * (away / SIGMA).square()) / weights.sum()
+    return torch.where(away.abs() <= RADIUS, rows, 0.0)
 
 
 class _L1Ssim(torch.autograd.Function):

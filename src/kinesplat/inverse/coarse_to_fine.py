@@ -38,7 +38,7 @@ NEAR_LEVELS = (
     Level(32, 1_000, 12, 1.0),
     Level(64, 3_000, 12, 0.5),
     Level(128, 3_000, 8, 0.25),
-    Level(128, 3_000, 6, 0.3, aliases=True),
+    Level(128, 3_000, 6, 0.4, aliases=True),
     Level(256, 1_000_000, 10, 0.125),
 )
 GLOBAL_LEVELS = (

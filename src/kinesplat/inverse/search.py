@@ -30,6 +30,7 @@ LEAST_INFLUENCE = 0.05
 HELD_SHARE = 0.5
 TURN_SHARE = 0.3
 SHARPENING = 3
+BLOCK_PX = 4
 SHORT_RANGE = 1.0
 CHUNK = 256
 
@@ -158,20 +159,25 @@ def with_aliases(
 ) -> tuple[Configurations, Integer[Tensor, " all"]]:
     """The given configurations and the most promising of their aliases, `count` in all; and of which each comes.
 
-    A free camera stays, or turns along so that the last link stays where it was in the picture.
+    Every move is made once, from the configuration that suits it best, for a few moves leave nearly the same picture. A
+    free camera stays, or turns along so that the last link stays where it was in the picture.
     """
     moves, itself = AliasMoves.of(state.tree, ALIAS_STEPS), torch.arange(len(state.q))
     q = state.tree.clamp(moves.apply_all(state.q))
     if not len(q):
         return state, itself
     of = itself.repeat_interleave(len(moves.sign))
+    move = torch.arange(len(moves.sign)).repeat(len(itself))
     aliases = replace(state, q=q, T_cam_world=state.T_cam_world[of])
     if state.camera_free:
         tip = torch.full((len(q),), len(state.tree.link_names) - 1)
         held = aliases.T_cam_world @ follow(state.tree, state.q[of], q, tip)
-        aliases, of = joined(aliases, replace(aliases, T_cam_world=held)), of.repeat(2)
-    best = blurred_losses(objective, aliases, 1.0).argsort()[: max(0, count - len(state.q))]
-    return joined(state, aliases.select(best)), torch.cat([itself, of[best]])
+        aliases, of, move = joined(aliases, replace(aliases, T_cam_world=held)), of.repeat(2), move.repeat(2)
+    best: dict[int, int] = {}
+    for i in block_losses(objective, aliases).argsort().tolist():
+        best.setdefault(int(move[i]), i)
+    best_of_all = torch.tensor(list(best.values())[: max(0, count - len(state.q))], dtype=torch.long)
+    return joined(state, aliases.select(best_of_all)), torch.cat([itself, of[best_of_all]])
 
 
 def follow(
@@ -247,6 +253,16 @@ def blurred_losses(objective: PhotometricObjective, state: Configurations, blur_
     for chunk in torch.arange(len(state.q)).split(CHUNK):
         difference = objective.difference(state.select(chunk))
         parts.append(blurred(difference, blur_px).square().sum(dim=-1).mean(dim=(1, 2, 3)))
+    return torch.cat(parts).to(state.q.device)
+
+
+def block_losses(objective: PhotometricObjective, state: Configurations) -> Float[Tensor, " n"]:
+    """Loss of every configuration after averaging the difference images over blocks of 4 x 4 pixels."""
+    parts = []
+    for chunk in torch.arange(len(state.q)).split(CHUNK):
+        planes = objective.difference(state.select(chunk)).flatten(0, 1).permute(0, 3, 1, 2)
+        blocks = torch.nn.functional.avg_pool2d(planes, BLOCK_PX, ceil_mode=True)
+        parts.append(blocks.square().sum(dim=1).mean(dim=(1, 2)).unflatten(0, (len(chunk), -1)).mean(dim=1))
     return torch.cat(parts).to(state.q.device)
 
 

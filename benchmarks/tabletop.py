@@ -1,18 +1,21 @@
 """From a sentence to motion on our own tabletop: `python benchmarks/tabletop.py OUT`.
 
-Four stages, each of which goes on where it was stopped; name some to run them alone.
+Five stages, each of which goes on where it was stopped; name some to run them alone.
 
 episodes     300 scripted episodes ("reach the red block"), executed and rendered by MuJoCo (kinesplat[render,models])
 autoencoder  a small video model of Stable Video Diffusion's classes; its autoencoder is trained here
+reference    12 scenes that no episode showed: joints from the true video, from what the autoencoder makes of it, and
+             random ones, all executed
 train        the video model itself, by `kinesplat.vision.finetuning`, all weights
-evaluate     12 scenes that no episode showed: joints from the generated video, from the true video, from the video that
-             the autoencoder makes of the true one, and random ones, all executed; results.json and films
+evaluate     the same with the generated video; results.json, a table, films (the true video, the generated one, the
+             robot that was found in it)
 """
 
 import argparse
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ from kinesplat.vision.video_diffusion import Sampling, TextSteeredVideo
 SIZE, FRAMES, SECONDS = 48, 10, 2.0
 EPISODES, SCENES, SCENE_SEED = 300, 12, 100_000
 SAMPLING = Sampling(frames=FRAMES, steps=20, guidance=1.0, fps=5, noise=0.0, decoded_at_once=1)
-STAGES = ("episodes", "autoencoder", "train", "evaluate")
+STAGES = ("episodes", "autoencoder", "reference", "train", "evaluate")
 
 
 def main() -> None:
@@ -133,45 +136,36 @@ def train(arguments: argparse.Namespace) -> None:
     finetune(model, clips, arguments.out / "model", settings, seed=arguments.seed, resume=True)
 
 
+def reference(arguments: argparse.Namespace) -> None:
+    """Success with videos that were not generated: the true one, what the autoencoder makes of it; and at random."""
+    model = TextSteeredVideo.from_pretrained(arguments.out / "start", sampling=SAMPLING)
+    for place in unfinished(arguments.out / "reference.jsonl"):
+        true, q, scripted = place.true_video()
+        row: dict[str, Any] = {"scene": place.index, "colour": place.colour, "scripted_policy_reached": scripted}
+        row["true"], row["q_true"] = place.followed(true, q)
+        row["autoencoded"], _ = place.followed(torch.cat([true[:1], coded(model, true)[1:]]), q)
+        row["random"] = place.outcome(random_motion(place.world, q[0], place.index))
+        place.finish(row)
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Success on scenes that no episode showed; finished scenes stand in evaluation.jsonl and are not done again."""
-    films, done = arguments.out / "films", arguments.out / "evaluation.jsonl"
+    """Success with generated videos; then all results in results.json and as a table."""
+    films, folder = arguments.out / "films", arguments.out / "model"
     films.mkdir(exist_ok=True)
-    rows = [json.loads(line) for line in done.read_text().splitlines()] if done.is_file() else []
-    model = TextSteeredVideo.from_pretrained(arguments.out / "model", sampling=SAMPLING)
-    arm, world = ks.zoo.load("kinearm"), Tabletop()
-    pictures = TabletopPictures(world, SIZE)
-    for index in range(len(rows), SCENES):
-        colour = colour_of(index)
-        scene = Scene.random(torch.Generator().manual_seed(SCENE_SEED + index))
-        true, q, scripted = true_video(world, pictures, scene, colour)
-        made = model.generate(true[0], instruction(colour), seed=index)
-        videos = {"generated": made, "true": true, "autoencoded": coded(model, true)}
-        row: dict[str, Any] = {"scene": index, "colour": colour, "scripted_policy_reached": scripted}
-        shown = [true]
-        for name, video in videos.items():
-            frames = torch.cat([true[:1], video[1:]])
-            found = follow(arm, frames, pictures.camera, q[0], seed=index)
-            row[name] = {**outcome(world, scene, colour, found.q), "seconds": found.seconds}
-            row[name]["joint_error_rad"] = (found.q - q).abs()[:, :6].mean().item()
-            background = torch.ones(3)
-            drawn = arm.render(found.q, pictures.camera, background).rgb
-            assert drawn is not None
-            shown += [frames, drawn] if name == "generated" else [drawn] if name == "true" else []
-        row["random"] = outcome(world, scene, colour, random_motion(world, q[0], index))
-        write_video(films / f"{index:02}_{colour}.gif", film(shown), 5.0)
-        with done.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        rows.append(row)
-        print(
-            index,
-            colour,
-            {k: (v["reached"], round(v["off_mm"])) for k, v in row.items() if type(v) is dict},
-            flush=True,
-        )
-    names = [name for name, value in rows[0].items() if isinstance(value, dict)]
+    model = TextSteeredVideo.from_pretrained(folder, sampling=SAMPLING)
+    for place in unfinished(arguments.out / "generated.jsonl"):
+        true, q, _ = place.true_video()
+        made = torch.cat([true[:1], model.generate(true[0], instruction(place.colour), seed=place.index)[1:]])
+        found, joints = place.followed(made, q)
+        drawn = place.arm.render(torch.tensor(joints), place.pictures.camera).rgb
+        assert drawn is not None
+        write_video(films / f"{place.index:02}_{place.colour}.gif", film([true, made, drawn]), rate())
+        place.finish({"scene": place.index, "generated": found, "q_generated": joints})
+    both = (read_rows(arguments.out / f"{name}.jsonl") for name in ("reference", "generated"))
+    rows = [before | after for before, after in zip(*both, strict=True)]
+    names = ("true", "autoencoded", "generated", "random")
     table = {name: summary([row[name] for row in rows]) for name in names}
-    result = {"scenes": rows, "summary": table, "trained": last_line(arguments.out / "model" / "log.csv")}
+    result = {"summary": table, "trained": last_line(folder / "log.csv"), "scenes": rows}
     with written_whole(arguments.out / "results.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     print("| joints from | reached | nearest to the asked block | off, median [mm] | joints off, mean [rad] |")
@@ -184,19 +178,65 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
 
 
-def outcome(world: Tabletop, scene: Scene, colour: str, q: Tensor) -> dict[str, Any]:
-    """What becomes of a motion in MuJoCo."""
-    seconds, state = SECONDS / (len(q) - 1), world.data(scene)
-    check = check_trajectory(world.robot, q, seconds, state)
-    execution = execute(world.robot, q, seconds, state)
-    away = {name: 1000.0 * float((world.tip(state) - world.goal(scene, name)).norm()) for name in scene.blocks}
-    return {
-        "reached": world.reached(state, scene, colour),
-        "nearest": min(away, key=lambda name: away[name]) == colour,
-        "off_mm": away[colour],
-        "check": check.to_json(),
-        "contacts": [list(contact) for contact in execution.contacts],
-    }
+@dataclass(frozen=True)
+class Place:
+    """One scene of the evaluation."""
+
+    index: int
+    path: Path
+    world: Tabletop
+    pictures: TabletopPictures
+    arm: ks.SelfModel
+
+    @property
+    def colour(self) -> str:
+        return colour_of(self.index)
+
+    @property
+    def scene(self) -> Scene:
+        return Scene.random(torch.Generator().manual_seed(SCENE_SEED + self.index))
+
+    def true_video(self) -> tuple[Tensor, Tensor, bool]:
+        return true_video(self.world, self.pictures, self.scene, self.colour)
+
+    def followed(self, video: Tensor, q: Tensor) -> tuple[dict[str, Any], list[list[float]]]:
+        """What becomes of the joints that a video shows; the first ones are known."""
+        found = follow(self.arm, video, self.pictures.camera, q[0], seed=self.index)
+        off = (found.q - q).abs()[:, :6].mean().item()
+        return {**self.outcome(found.q), "joint_error_rad": off, "seconds": found.seconds}, found.q.tolist()
+
+    def outcome(self, q: Tensor) -> dict[str, Any]:
+        """What becomes of a motion in MuJoCo."""
+        seconds, state, scene = SECONDS / (len(q) - 1), self.world.data(self.scene), self.scene
+        check = check_trajectory(self.world.robot, q, seconds, state)
+        execution = execute(self.world.robot, q, seconds, state)
+        tip = self.world.tip(state)
+        away = {name: 1000.0 * float((tip - self.world.goal(scene, name)).norm()) for name in scene.blocks}
+        return {
+            "reached": self.world.reached(state, scene, self.colour),
+            "nearest": min(away, key=lambda name: away[name]) == self.colour,
+            "off_mm": away[self.colour],
+            "check": check.to_json(),
+            "contacts": [list(contact) for contact in execution.contacts],
+        }
+
+    def finish(self, row: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = {k: (v["reached"], round(v["off_mm"])) for k, v in row.items() if isinstance(v, dict)}
+        print(self.index, self.colour, shown, flush=True)
+
+
+def unfinished(path: Path) -> Iterator[Place]:
+    """The scenes, those left out that a file already has."""
+    world, arm = Tabletop(), ks.zoo.load("kinearm")
+    pictures = TabletopPictures(world, SIZE)
+    for index in range(len(read_rows(path)), SCENES):
+        yield Place(index, path, world, pictures, arm)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def random_motion(world: Tabletop, q: Tensor, seed: int) -> Tensor:
@@ -215,7 +255,7 @@ def coded(model: TextSteeredVideo, video: Tensor) -> Tensor:
 
 
 def film(videos: list[Tensor]) -> list[Tensor]:
-    """Side by side, enlarged: the true video, the generated one, the robot found in it, the robot in the true one."""
+    """Side by side, enlarged."""
     wide = torch.cat(videos, dim=2).movedim(-1, 1)
     return list(torch.nn.functional.interpolate(wide, scale_factor=4.0).movedim(1, -1))
 

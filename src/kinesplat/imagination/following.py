@@ -10,11 +10,15 @@ from torch import Tensor
 
 from kinesplat.camera import Camera
 from kinesplat.imagination.behind import behind_robot
+from kinesplat.inverse.search import joint_scale
 from kinesplat.inverse.track import Tracker, collected, predict, start_tracker
 from kinesplat.inverse.track_result import TrackedFrame, TrackResult
 from kinesplat.self_model import SelfModel
 
 SWEEPS = 1
+VARIED = 10
+SPREAD = 0.08
+"""Standard deviation of the variations [rad]/[m], less for joints with a short range."""
 
 
 @torch.no_grad()
@@ -32,7 +36,8 @@ def follow(
 
     The backdrop is what the first frame shows beside the robot. After tracking it is taken anew, with what the robot
     uncovered, and every frame is solved again from its own answer and from its neighbours', which leads out of the
-    wrong minima that few pixels have. The first frame keeps `q_init`.
+    wrong minima that few pixels have. The first frame keeps `q_init`. A frame that the robot does not fit is marked as
+    lost; it is not searched anew, its joints are the nearest explanation.
 
     Args:
         model: self-model of the robot.
@@ -41,7 +46,7 @@ def follow(
         q_init: ``(dof,)`` joints of the first frame [rad]/[m].
         backdrop: ``(height, width, 3)`` the scene without the robot, where it is known.
         sweeps: how often every frame is solved again.
-        seed: of the random starts, where a frame has to be searched.
+        seed: of the variations that are tried.
 
     Raises:
         InputError: frames, camera or q of the wrong type, shape or range.
@@ -54,8 +59,7 @@ def follow(
     first = replace(tracker.solve(0, [first], q_init, "tracked"), q=q_init)
     found = [first]
     for index in range(1, len(frames)):
-        near = best(tracker, index, [found[-1].q, predict(model, found)])
-        found.append(tracker.next_frame(index, found) if tracker.misfits(index, near) else near)
+        found.append(best(tracker, index, [found[-1].q, predict(model, found)], found[-1].q))
     for _ in range(sweeps):
         if backdrop is None:
             behind = behind_robot(model, frames, torch.stack([frame.q for frame in found]), camera)
@@ -68,17 +72,20 @@ def swept(tracker: Tracker, found: Sequence[TrackedFrame]) -> list[TrackedFrame]
     """Every frame but the first solved again: from itself, the new answers before it, and the old one after it."""
     new = [found[0]]
     for index in range(1, len(found)):
-        before, after = new[-1].q, found[min(index + 1, len(found) - 1)].q
-        starts = [found[index].q, before, predict(tracker.model, new), 0.5 * (before + after)]
-        new.append(best(tracker, index, starts))
+        before, expected = new[-1].q, predict(tracker.model, new)
+        middle = 0.5 * (before + found[index + 1].q) if index + 1 < len(found) else before
+        new.append(best(tracker, index, [found[index].q, before, expected, middle], middle))
     return new
 
 
-def best(tracker: Tracker, index: int, starts: Sequence[Float[Tensor, " dof"]]) -> TrackedFrame:
-    """The best explanation of a frame near one of several configurations, each solved until it stays, twice at most."""
-    T, answers = tracker.camera.T_cam_world, []
-    for q in starts:
-        start = TrackedFrame(q, T, torch.zeros_like(q), 0.0, "tracked")
-        once = tracker.solve(index, [start], q, "tracked")
-        answers.append(tracker.solve(index, [once], once.q, "tracked"))
-    return min(answers, key=lambda frame: frame.loss)
+def best(
+    tracker: Tracker, index: int, starts: Sequence[Float[Tensor, " dof"]], expected: Float[Tensor, " dof"]
+) -> TrackedFrame:
+    """The best explanation of a frame near several configurations and variations of the expected one."""
+    generator = torch.Generator().manual_seed(tracker.seed + index)
+    variations = SPREAD * joint_scale(tracker.model.tree) * torch.randn(VARIED, len(expected), generator=generator)
+    T, none = tracker.camera.T_cam_world, torch.zeros_like(expected)
+    tried = [TrackedFrame(q, T, none, 0.0, "tracked") for q in (*starts, *(expected + variations))]
+    once = tracker.solve(index, tried, expected, "tracked")
+    answer = tracker.solve(index, [once], expected, "tracked")
+    return replace(answer, state="lost") if tracker.misfits(index, answer) else answer

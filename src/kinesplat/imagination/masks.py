@@ -1,5 +1,6 @@
 """The robot's mask in a picture whose joints are known: points that its self-model gives, to a model that segments."""
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from scipy import ndimage
@@ -53,7 +54,7 @@ def prompt_points(
     if not inside.any():
         raise InputError("the camera does not see the robot, so no point on it can be given")
     away = BESIDE_SHARE * max(camera.width, camera.height)
-    depth, distance = ndimage.distance_transform_edt(inside), ndimage.distance_transform_edt(~inside)
+    depth, distance = (np.asarray(ndimage.distance_transform_edt(part)) for part in (inside, ~inside))
     core = torch.from_numpy((depth >= 0.5 * depth.max()) | (depth == ndimage.maximum_filter(depth, 5)) & inside)
     beside = torch.from_numpy((distance >= away) & (distance <= 2.0 * away))
     on = _spread(core.nonzero(), POINTS)

@@ -142,7 +142,8 @@ def data_set(name: str, options: Any) -> Dataset:
     configurations, views = options.images
     if options.sets is not None:
         return Dataset.open(Path(options.sets) / name)
-    folder = Path(options.folder) / "sets" / f"{name}-{configurations}x{views}"
+    usual = (configurations, views) == (500, 3)
+    folder = Path(options.folder) / "sets" / (name if usual else f"{name}-{configurations}x{views}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     small = {"test_configurations": 2, "test_views": 1, "canonical_views": 2, "size": 16, "samples": 1}
     plan = Plan(

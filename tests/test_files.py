@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from kinesplat.errors import InputError, unknown
-from kinesplat.files import colours_of, read_image, read_mask, write_gif, write_png, written_whole
+from kinesplat.files import colours_of, folder_written_whole, read_image, read_mask, write_gif, write_png, written_whole
 
 
 def test_an_interrupted_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
@@ -86,3 +86,23 @@ def test_unknown_names_list_the_near_ones() -> None:
     text = unknown("robot", "pandda", ["panda", "go1", "h1"])
     assert "'panda'" in text
     assert "go1, h1, panda" in text
+
+
+def test_a_folder_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for content in ("first", "second"):
+        with folder_written_whole(path) as temporary:
+            (temporary / content).write_text(content)
+        assert [file.name for file in path.iterdir()] == [content]
+
+    def interrupted() -> None:
+        with folder_written_whole(path) as temporary:
+            (temporary / "third").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [file.name for file in path.iterdir()] == ["second"]
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+    with pytest.raises(InputError, match="cannot write"), folder_written_whole(tmp_path / "no" / "folder"):
+        pass

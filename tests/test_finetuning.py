@@ -45,6 +45,15 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(read), weights(resumed))
 
 
+def test_saving_memory_changes_nothing_else(tmp_path: Path) -> None:
+    settings = FinetuneSettings(**{**FULL.__dict__, "steps": 2})
+    plain = finetune(tiny_model(), clips(), tmp_path / "a", settings)
+    sparing = FinetuneSettings(**{**settings.__dict__, "save_memory": True})
+    spared = finetune(tiny_model(), clips(), tmp_path / "b", sparing)
+    assert spared.unet.is_gradient_checkpointing
+    torch.testing.assert_close(weights(spared), weights(plain), rtol=1e-4, atol=1e-6)
+
+
 def test_one_clip_is_learnt(tmp_path: Path) -> None:
     settings = FinetuneSettings(
         steps=24, batch=1, learning_rate=3e-3, lora_rank=None, dropout=0.0, log_sigma=(0.0, 0.1), save_every=4

@@ -103,6 +103,8 @@ class Training:
     """Of the LoRA."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Of the computation."""
+    save_memory: bool = False
+    """Compute activations twice instead of keeping them."""
     minutes: float | None = None
     """Stop after this time, to go on with --resume."""
 
@@ -153,7 +155,8 @@ def imagine(
     source = SVD_XT
     if video is None:
         rate = max(1, round(stage.fps))
-        sampling = Sampling(frames=maker.frames, steps=maker.steps, guidance=maker.guidance, fps=rate)
+        shown = err.is_terminal
+        sampling = Sampling(frames=maker.frames, steps=maker.steps, guidance=maker.guidance, fps=rate, progress=shown)
         source = load_video_model(maker.video_model, maker.text_encoder, sampling=sampling, device=device)
     result = imagine_motion(
         loaded,
@@ -217,6 +220,7 @@ def finetune_video(
         learning_rate=training.learning_rate,
         lora_rank=training.rank if training.train == "lora" else None,
         precision=training.precision,
+        save_memory=training.save_memory,
         minutes=training.minutes,
     )
     make_folder(output)

@@ -53,6 +53,7 @@ class FinetuneSettings:
         log_sigma: mean and standard deviation of the logarithm of the noise; those of Stable Video Diffusion.
         ema: decay of the running mean of the weights, which is what is kept in the end; 0 keeps the last.
         precision: "no", "bf16" or "fp16", as accelerate has it.
+        save_memory: compute activations twice instead of keeping them (gradient checkpointing).
         save_every: steps from one checkpoint to the next.
         minutes: stop after this wall clock, checkpoint written; `resume` goes on. None does not.
     """
@@ -66,6 +67,7 @@ class FinetuneSettings:
     log_sigma: tuple[float, float] = (0.7, 1.6)
     ema: float = 0.0
     precision: str = "no"
+    save_memory: bool = False
     save_every: int = 250
     minutes: float | None = None
 
@@ -165,6 +167,8 @@ class _Run:
             mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulation
         )
         torch.manual_seed(seed)
+        if settings.save_memory:
+            model.unet.enable_gradient_checkpointing()
         unet = model.unet if settings.lora_rank is None else _with_lora(model.unet, settings.lora_rank)
         unet.train()
         trained = [p for p in unet.parameters() if p.requires_grad]

@@ -57,6 +57,7 @@ class Sampling:
         motion: motion bucket that Stable Video Diffusion is told, 0 to 255.
         noise: standard deviation of the noise on the first frame, of pixels in [-1, 1].
         decoded_at_once: frames; fewer need less memory, but see less of each other. None decodes all.
+        progress: show the sampler's steps on the terminal.
     """
 
     frames: int | None = None
@@ -68,6 +69,7 @@ class Sampling:
     motion: int = 127
     noise: float = 0.02
     decoded_at_once: int | None = None
+    progress: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +212,7 @@ class TextSteeredVideo:
         own = (side, side) if isinstance(side, int) else tuple(side)
         height, width = want.height or own[0] * scale, want.width or own[1] * scale
         pipeline = _steered(self.embed([prompt]))(self.vae, self.text_encoder, self.unet, self.scheduler, None)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline.set_progress_bar_config(disable=not want.progress)
         frames = pipeline(
             resized(image, height, width).movedim(-1, 0)[None],
             height=height,
@@ -290,7 +292,7 @@ class PipelineVideo:
         }
         taken = inspect.signature(self.pipeline.__call__).parameters
         given = {name: value for name, value in wishes.items() if value is not None and name in taken}
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.set_progress_bar_config(disable=not want.progress)
         out = self.pipeline(
             image=Image.fromarray(pixels),
             prompt=prompt,

@@ -14,6 +14,7 @@ from kinesplat.inverse.search import (
     best_distinct,
     blurred,
     children,
+    collinear_turns,
     follow,
     joint_influence,
     joint_scale,
@@ -54,6 +55,21 @@ def test_twice_a_half_turn_is_no_turn(kinearm: SelfModel) -> None:
         twice = moves.apply(moves.apply(q, index), index)
         turns = (twice - q) / (2 * math.pi)
         torch.testing.assert_close(turns, turns.round(), atol=1e-5, rtol=0)
+
+
+def test_turns_about_a_common_axis_move_only_what_is_between(kinearm: SelfModel) -> None:
+    tree = kinearm.tree
+    q = torch.zeros(tree.dof)  # upright: waist, forearm and wrist turn about one axis
+    turned = collinear_turns(tree, q)
+    assert len(turned) == 3 * 11 * 2
+    before, after = tree.forward_kinematics(q)[-1], tree.forward_kinematics(turned)[:, -1]
+    torch.testing.assert_close(after, before.expand_as(after), atol=1e-5, rtol=0)
+    lower, upper = one_turn(tree)
+    assert ((turned - q).abs() > 0.1).sum(dim=1).eq(2).all()
+    assert (turned <= upper + math.pi).all()
+    assert (turned >= lower - math.pi).all()
+    bent = torch.tensor([0.3, 0.9, 0.8, 0.2, 0.7, 0.1, 0.01])
+    assert collinear_turns(tree, bent).shape == (0, tree.dof)
 
 
 def test_the_search_range_is_one_turn_within_the_limits(kinearm: SelfModel) -> None:

@@ -18,7 +18,7 @@ from kinesplat.inverse.lighting import Light, fit_light
 from kinesplat.inverse.objective import CPU, Configurations, PhotometricObjective
 from kinesplat.inverse.observation import Observation
 from kinesplat.inverse.result import DISTINCT_RAD, FitResult, Hypothesis, covariance_of
-from kinesplat.inverse.search import AliasMoves, best_distinct, blurred_losses, joint_scale
+from kinesplat.inverse.search import AliasMoves, best_distinct, blurred_losses, collinear_turns, joint_scale
 from kinesplat.inverse.verdict import verdict
 from kinesplat.self_model import SelfModel
 
@@ -141,10 +141,11 @@ def own_lights(model: SelfModel, observation: Observation, at: Configurations, l
 
 
 def varied(model: SelfModel, fit: FitResult, generator: torch.Generator) -> Configurations:
-    """The best hypotheses, their aliases, and random variations of their last joints."""
+    """The best hypotheses, their aliases, turns about common axes, and random variations of their last joints."""
     tree = model.tree
     parents = [h.q for h in fit.hypotheses[:PARENTS]]
     rows = [torch.stack(parents), AliasMoves.of(tree).apply_all(torch.stack(parents))]
+    rows += [collinear_turns(tree, q) for q in parents]
     last = (torch.arange(tree.dof) >= tree.dof - LAST_JOINTS).float()
     for q in parents:
         moved = (torch.rand(VARIATIONS, tree.dof, generator=generator) < 0.6).float() * last

@@ -31,6 +31,7 @@ HELD_SHARE = 0.5
 TURN_SHARE = 0.3
 SHARPENING = 3
 BLOCK_PX = 4
+COLLINEAR, TWELVE = 0.15, 12
 SHORT_RANGE = 1.0
 CHUNK = 256
 
@@ -85,6 +86,36 @@ class AliasMoves:
         """Every configuration after every move, ``m = n * moves``."""
         count = len(self.sign)
         return self.apply(q.repeat_interleave(count, dim=0), torch.arange(count).repeat(len(q)))
+
+
+def collinear_turns(tree: KinematicTree, q: Float[Tensor, " dof"]) -> Float[Tensor, "n dof"]:
+    """Turns of two hinges on nearly the same axis against each other: what they carry stays where it was.
+
+    Eleven twelfths of a turn for every pair, once more with the hinges between them bent the other way, all without
+    needless full turns; none where no two axes coincide.
+    """
+    hinges = torch.tensor([kind == "hinge" for kind in tree.joint_types])
+    twists = tree.link_jacobian(q)[-1]
+    same = [(twists[:, :, None] - sign * twists[:, None]).abs().amax(dim=0) < COLLINEAR for sign in (1.0, -1.0)]
+    moving = hinges & (twists[3:].norm(dim=0) > 0.5)
+    lower, upper = one_turn(tree)
+    rows = []
+    for sign, pairs in zip((-1.0, 1.0), same, strict=True):
+        for a, b in torch.nonzero(torch.triu(pairs & moving & moving[:, None], diagonal=1)).tolist():
+            for step in range(1, TWELVE):
+                turned = q.clone()
+                turned[a] += 2.0 * math.pi * step / TWELVE
+                turned[b] += sign * 2.0 * math.pi * step / TWELVE
+                bent = torch.where(
+                    hinges & (torch.arange(tree.dof) > a) & (torch.arange(tree.dof) < b), -turned, turned
+                )
+                rows += [turned, bent]
+    if not rows:
+        return q.new_zeros(0, tree.dof)
+    out = torch.stack(rows)
+    over = torch.where(hinges & (out > upper), 2.0 * math.pi, 0.0)
+    under = torch.where(hinges & (out < lower), 2.0 * math.pi, 0.0)
+    return out - over + under
 
 
 def one_turn(tree: KinematicTree) -> tuple[Float[Tensor, " dof"], Float[Tensor, " dof"]]:

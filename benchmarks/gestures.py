@@ -20,7 +20,7 @@ from kinesplat.rasterizer.spherical_harmonics import SH_C0
 from kinesplat.vision.clip import ClipEncoder
 
 PX = 56
-BRIGHTER = 4.0
+BRIGHTER = 2.0
 CENTRE = (0.34, 0.0, 0.0)
 NAMES = ("a fist", "an open hand", "a pointing finger", "a victory sign", "thumbs up", "an OK sign")
 NO_GESTURE = "a hand"
@@ -34,8 +34,8 @@ THRESHOLD = 0.16
 GREY_ZONE = 0.05
 STOCKED, FIRST = 4_000, 512
 CLIMBERS, CLIMB_STEPS, CLIMBED_VIEWS = 16, 15, 6
-CLIMB_FROM, CLIMB_EVERY = 200, 40
-VARIED = Augmentation(copies=1, crop=0.85, backdrop=0.25)
+CLIMB_FROM, CLIMB_EVERY = 150, 30
+VARIED = Augmentation(copies=1, crop=0.85, backdrop=0.0)
 
 
 def gestures(tree: ks.KinematicTree) -> Tensor:
@@ -77,7 +77,7 @@ class World:
 
     @classmethod
     def create(cls) -> "World":
-        """With the packaged model, its colours times four: the hand is nearly black, and small pictures of it flat."""
+        """With the packaged model, its colours times two: the hand is nearly black."""
         model = ks.zoo.load("shadow_hand")
         sh = BRIGHTER * model.parameters.sh
         sh[:, 0] += (BRIGHTER - 1.0) * 0.5 / SH_C0
@@ -165,11 +165,11 @@ def group_of(tree: ks.KinematicTree) -> Tensor:
 
 
 def cameras(count: int, generator: torch.Generator, px: int = PX, spread: bool = False) -> ks.Camera:
-    """Views of the palm and its sides, fingers up; `spread` takes one from each of `count` sectors."""
+    """Views of the palm, 50 degrees to either side, fingers up; `spread` takes one from each of `count` sectors."""
     place = torch.rand(count, generator=generator)
     place = (torch.arange(count) + place) / count if spread else place
-    azimuth = math.radians(80.0) * (2.0 * place - 1.0)
-    rise = 0.8 * torch.rand(count, generator=generator) - 0.4
+    azimuth = math.radians(50.0) * (2.0 * place - 1.0)
+    rise = 0.6 * torch.rand(count, generator=generator) - 0.3
     flat = rise.cos()
     direction = torch.stack([rise.sin(), flat * azimuth.sin(), flat * azimuth.cos()], dim=-1)
     target = torch.tensor(CENTRE) + 0.012 * torch.randn(count, 3, generator=generator)
@@ -288,7 +288,7 @@ def train(
     for step in range(first, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         optimizer.param_groups[0]["lr"] = (
-            rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            rate * min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * step / steps))
         )
         loss = loss_of(generator, step)
         optimizer.zero_grad()
@@ -329,7 +329,7 @@ def trained_encoder(world: World, folder: Path, steps: int, batch: int) -> ClipE
         template = TEMPLATES[int(torch.randint(len(TEMPLATES), (1,), generator=generator))]
         return contrastive_loss(world, encoder, q, pictures, template)
 
-    train(encoder.network, loss_of, steps, 1e-3, folder / "encoder.pt", seed=1)
+    train(encoder.network, loss_of, steps, 2e-3, folder / "encoder.pt", seed=1)
     for part in (encoder.network.eval().requires_grad_(False), encoder.tokenizer):
         part.save_pretrained(folder / "trained.partial")
     PROCESSOR.from_pretrained(folder / "untrained").save_pretrained(folder / "trained.partial")

@@ -10,15 +10,15 @@ gesture, then pairs of start and answer) into the output folder; a killed run go
 import argparse
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from gestures import NAMES, NO_GESTURE, TEMPLATES, World, cameras, trained_classifier, trained_encoder
+from gestures import NAMES, NO_GESTURE, TEMPLATES, VARIED, World, cameras, trained_classifier, trained_encoder
 from torch import Tensor
 
 import kinesplat as ks
 from kinesplat.files import write_png, written_whole
-from kinesplat.inverse.augmentation import Augmentation
 from kinesplat.vision.clip import ClipEncoder
 
 SHEET = 5
@@ -48,7 +48,7 @@ def run(
         negatives=others,
         starts=options.starts,
         iterations=options.iterations,
-        augmentation=Augmentation(copies=options.copies),
+        augmentation=replace(VARIED, copies=options.copies),
         self_collision=options.self_collision,
         seed=seed,
     )
@@ -125,13 +125,13 @@ def held_out(world: World, encoder: ClipEncoder, judge: torch.nn.Module) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("text_gestures"))
-    parser.add_argument("--encoder-steps", type=int, default=800)
-    parser.add_argument("--judge-steps", type=int, default=250)
+    parser.add_argument("--encoder-steps", type=int, default=600)
+    parser.add_argument("--judge-steps", type=int, default=180)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--trials", type=int, default=5, help="runs for every gesture")
     parser.add_argument("--starts", type=int, default=6)
-    parser.add_argument("--iterations", type=int, default=60)
-    parser.add_argument("--views", type=int, default=24)
+    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--views", type=int, default=12)
     parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--negatives", action="store_true", help="maximise the probability among all names")
     parser.add_argument("--self-collision", type=float, default=0.01)

@@ -1,14 +1,15 @@
 """From a sentence to motion on our own tabletop: `python benchmarks/tabletop.py OUT`.
 
-Five stages, each of which goes on where it was stopped; name some to run them alone.
+Six stages, each of which goes on where it was stopped; name some to run them alone.
 
 episodes     300 scripted episodes ("reach the red block"), executed and rendered by MuJoCo (kinesplat[render,models])
 autoencoder  a small video model of Stable Video Diffusion's classes; its autoencoder is trained here
-reference    12 scenes that no episode showed: joints from the true video, from what the autoencoder makes of it, and
-             random ones, all executed
 train        the video model itself, by `kinesplat.vision.finetuning`, all weights
-evaluate     the same with the generated video; results.json, a table, films (the true video, the generated one, the
-             robot that was found in it)
+reference    12 scenes that no episode showed: joints from the true video, and random ones, executed
+evaluate     the same with the generated video; films: the true video, the generated one, the robot found in it
+autoencoded  the same with what the autoencoder makes of the true video: the best that a generated one could be
+
+The last two write results.json and print a table.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from kinesplat.vision.video_diffusion import Sampling, TextSteeredVideo
 SIZE, FRAMES, SECONDS = 48, 10, 2.0
 EPISODES, SCENES, SCENE_SEED = 300, 12, 100_000
 SAMPLING = Sampling(frames=FRAMES, steps=20, guidance=1.0, fps=5, noise=0.0, decoded_at_once=1)
-STAGES = ("episodes", "autoencoder", "reference", "train", "evaluate")
+STAGES = ("episodes", "autoencoder", "train", "reference", "evaluate", "autoencoded")
 
 
 def main() -> None:
@@ -137,13 +138,11 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def reference(arguments: argparse.Namespace) -> None:
-    """Success with videos that were not generated: the true one, what the autoencoder makes of it; and at random."""
-    model = TextSteeredVideo.from_pretrained(arguments.out / "start", sampling=SAMPLING)
+    """Success with the true video, and at random."""
     for place in unfinished(arguments.out / "reference.jsonl"):
         true, q, scripted = place.true_video()
         row: dict[str, Any] = {"scene": place.index, "colour": place.colour, "scripted_policy_reached": scripted}
         row["true"], row["q_true"] = place.followed(true, q)
-        row["autoencoded"], _ = place.followed(torch.cat([true[:1], coded(model, true)[1:]]), q)
         row["random"] = place.outcome(random_motion(place.world, q[0], place.index))
         place.finish(row)
 
@@ -161,12 +160,28 @@ def evaluate(arguments: argparse.Namespace) -> None:
         assert drawn is not None
         write_video(films / f"{place.index:02}_{place.colour}.gif", film([true, made, drawn]), rate())
         place.finish({"scene": place.index, "generated": found, "q_generated": joints})
-    both = (read_rows(arguments.out / f"{name}.jsonl") for name in ("reference", "generated"))
-    rows = [before | after for before, after in zip(*both, strict=True)]
-    names = ("true", "autoencoded", "generated", "random")
+    write_results(arguments.out)
+
+
+def autoencoded(arguments: argparse.Namespace) -> None:
+    """Success with what the autoencoder makes of the true video: the best that the generated one could be."""
+    model = TextSteeredVideo.from_pretrained(arguments.out / "start", sampling=SAMPLING)
+    for place in unfinished(arguments.out / "autoencoded.jsonl"):
+        true, q, _ = place.true_video()
+        found, joints = place.followed(torch.cat([true[:1], coded(model, true)[1:]]), q)
+        place.finish({"scene": place.index, "autoencoded": found, "q_autoencoded": joints})
+    write_results(arguments.out)
+
+
+def write_results(out: Path) -> None:
+    """All that has been finished, in results.json and as a table."""
+    parts = [read_rows(out / f"{name}.jsonl") for name in ("reference", "autoencoded", "generated")]
+    parts = [part for part in parts if len(part) == SCENES]
+    rows = [dict(pair for row in same for pair in row.items()) for same in zip(*parts, strict=True)]
+    names = [name for name in ("true", "autoencoded", "generated", "random") if rows and name in rows[0]]
     table = {name: summary([row[name] for row in rows]) for name in names}
-    result = {"summary": table, "trained": last_line(folder / "log.csv"), "scenes": rows}
-    with written_whole(arguments.out / "results.json") as temporary:
+    result = {"summary": table, "trained": last_line(out / "model" / "log.csv"), "scenes": rows}
+    with written_whole(out / "results.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     print("| joints from | reached | nearest to the asked block | off, median [mm] | joints off, mean [rad] |")
     print("|---|---|---|---|---|")

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from kinesplat.camera import Camera
 from kinesplat.imagination.behind import behind_robot
-from kinesplat.inverse.search import joint_scale
+from kinesplat.inverse.search import joint_influence, joint_scale
 from kinesplat.inverse.track import Tracker, collected, predict, start_tracker
 from kinesplat.inverse.track_result import TrackedFrame, TrackResult
 from kinesplat.self_model import SelfModel
 
+Joints = Float[Tensor, " dof"]
 SWEEPS = 1
 VARIED = 10
-SPREAD = 0.08
-"""Standard deviation of the variations [rad]/[m], less for joints with a short range."""
+SPREAD, WIDEST = 0.08, 0.7
+"""Standard deviation of the variations of the joint that moves most in the picture; joints that move less vary more."""
 
 
 @torch.no_grad()
@@ -57,33 +58,32 @@ def follow(
     tracker = start_tracker(model, frames, camera, backdrop=behind, q_init=q_init, seed=seed)
     first = TrackedFrame(q_init, tracker.camera.T_cam_world, torch.zeros_like(q_init), 0.0, "tracked")
     first = replace(tracker.solve(0, [first], q_init, "tracked"), q=q_init)
+    spread = (SPREAD / joint_influence(model).clamp(min=1e-3)).clamp(max=WIDEST) * joint_scale(model.tree)
     found = [first]
     for index in range(1, len(frames)):
-        found.append(best(tracker, index, [found[-1].q, predict(model, found)], found[-1].q))
+        found.append(best(tracker, index, [found[-1].q, predict(model, found)], found[-1].q, spread))
     for _ in range(sweeps):
         if backdrop is None:
             behind = behind_robot(model, frames, torch.stack([frame.q for frame in found]), camera)
             tracker = start_tracker(model, frames, camera, backdrop=behind, q_init=q_init, seed=seed)
-        found = swept(tracker, found)
+        found = swept(tracker, found, spread)
     return collected(tracker, found, time.perf_counter() - began, 0.0)
 
 
-def swept(tracker: Tracker, found: Sequence[TrackedFrame]) -> list[TrackedFrame]:
+def swept(tracker: Tracker, found: Sequence[TrackedFrame], spread: Joints) -> list[TrackedFrame]:
     """Every frame but the first solved again: from itself, the new answers before it, and the old one after it."""
     new = [found[0]]
     for index in range(1, len(found)):
         before, expected = new[-1].q, predict(tracker.model, new)
         middle = 0.5 * (before + found[index + 1].q) if index + 1 < len(found) else before
-        new.append(best(tracker, index, [found[index].q, before, expected, middle], middle))
+        new.append(best(tracker, index, [found[index].q, before, expected, middle], middle, spread))
     return new
 
 
-def best(
-    tracker: Tracker, index: int, starts: Sequence[Float[Tensor, " dof"]], expected: Float[Tensor, " dof"]
-) -> TrackedFrame:
+def best(tracker: Tracker, index: int, starts: Sequence[Joints], expected: Joints, spread: Joints) -> TrackedFrame:
     """The best explanation of a frame near several configurations and variations of the expected one."""
     generator = torch.Generator().manual_seed(tracker.seed + index)
-    variations = SPREAD * joint_scale(tracker.model.tree) * torch.randn(VARIED, len(expected), generator=generator)
+    variations = spread * torch.randn(VARIED, len(expected), generator=generator)
     T, none = tracker.camera.T_cam_world, torch.zeros_like(expected)
     tried = [TrackedFrame(q, T, none, 0.0, "tracked") for q in (*starts, *(expected + variations))]
     once = tracker.solve(index, tried, expected, "tracked")

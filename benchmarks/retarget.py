@@ -3,8 +3,8 @@
 MuJoCo renders the demonstrations (kinesplat[render,video]).
 
 - `own`: the Shadow Hand moves smoothly between random configurations before a known camera; its motion is sought from
-  the tracks of a perfect tracker, and from Lucas-Kanade's, once from nothing and once from the first frame as
-  `reconstruct` finds it.
+  the tracks of a perfect tracker, and from Lucas-Kanade's, from nothing, from the first frame as `reconstruct`
+  finds it, and from the true one.
 - `allegro`: an Allegro Hand (a URDF below the folder that KINESPLAT_SHARED names) closes and opens, and the Shadow Hand
   follows.
 - `rendered`: the paper's objective, with gradients through a tracker on rendered frames, from joints that are off by
@@ -76,8 +76,9 @@ def own(model: ks.SelfModel, frames: int, seed: int, folder: Path) -> Any:
     first = ks.reconstruct(model, video[0], camera, seed=seed).q
     seconds = time.perf_counter() - began
     yield {"case": "first frame by reconstruct", "seconds": seconds, **errors(model, first[None], q[:1], camera)}
-    cases = (("perfect tracker", perfect, None), ("perfect tracker, first frame known", perfect, first))
-    cases += (("Lucas-Kanade", tracks, None), ("Lucas-Kanade, first frame known", tracks, first))
+    starts = (("", None), (", first frame by reconstruct", first), (", first frame given", q[0]))
+    cases = [(f"perfect tracker{words}", perfect, start) for words, start in starts]
+    cases += [(f"Lucas-Kanade{words}", tracks, start) for words, start in starts]
     for name, shown, start in cases:
         fit = ks.retarget(model, shown, camera, q_init=start, seed=seed)
         row = {"case": name, "tracks": fit.tracks, "seconds": fit.seconds, "verdict": fit.verdict}

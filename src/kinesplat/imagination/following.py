@@ -16,6 +16,7 @@ from kinesplat.inverse.track_result import TrackedFrame, TrackResult
 from kinesplat.self_model import SelfModel
 
 Joints = Float[Tensor, " dof"]
+COARSE_PX, COARSE_SPLATS = 128, 3_000
 SWEEPS = 1
 VARIED = 10
 SPREAD, WIDEST = 0.08, 0.7
@@ -54,6 +55,7 @@ def follow(
     """
     began = time.perf_counter()
     q_init = q_init.float()
+    model = model.subsample(COARSE_SPLATS) if max(frames.shape[1:3]) <= COARSE_PX else model
     behind = behind_robot(model, frames[:1], q_init[None], camera) if backdrop is None else backdrop
     tracker = start_tracker(model, frames, camera, backdrop=behind, q_init=q_init, seed=seed)
     first = TrackedFrame(q_init, tracker.camera.T_cam_world, torch.zeros_like(q_init), 0.0, "tracked")

@@ -1,6 +1,7 @@
 """Fine-tuning of video models: it learns, it resumes as if it had never stopped, a LoRA is read back onto its base."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,22 @@ def test_a_lora_changes_attention_alone_and_is_read_onto_its_base(tmp_path: Path
     read = load_video_model(tmp_path / "lora", sampling=Sampling(steps=2))
     torch.testing.assert_close(weights(read), weights(tuned), rtol=1e-5, atol=1e-6)
     assert not (tmp_path / "lora" / "unet").exists()
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_model_draws_at_what_it_was_trained_at(tmp_path: Path, rank: int | None) -> None:
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    base = replace(base, sampling=Sampling(steps=2, fps=4, noise=0.0, guidance=1.0))
+    odd = [Clip(torch.randint(256, (2, 24, 32, 3), dtype=torch.uint8), "wave")]
+    settings = FinetuneSettings(steps=1, lora_rank=rank)
+    tuned = finetune(base, odd, tmp_path / "tuned", settings, base=str(tmp_path / "base"))
+    read = load_video_model(tmp_path / "tuned")
+    assert read.sampling == tuned.sampling == Sampling(2, 24, 32, 2, 1.0, 4, 127, 0.0)
+    if rank is None:
+        assert read.generate(torch.rand(16, 16, 3), "wave").shape == (2, 24, 32, 3)
+    other = load_video_model(tmp_path / "tuned", sampling=Sampling(frames=3, width=16))
+    assert other.sampling == replace(read.sampling, frames=3, width=16)
 
 
 def test_a_stop_after_minutes_leaves_a_checkpoint_and_no_model(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from tiny_video_models import FRAMES, SIZE, svd_scheduler, tiny_model, tiny_text_model
 
 from kinesplat.errors import BackendError, InputError
+from kinesplat.vision import video_diffusion
 from kinesplat.vision.finetuning import edm_loss
 from kinesplat.vision.video_diffusion import (
     OPEN_CLIP_H,
@@ -124,6 +125,18 @@ def test_absent_weights_and_broken_folders(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no UNetSpatioTemporalConditionModel"):
         load_video_model(tmp_path)
     assert OPEN_CLIP_H.startswith("laion/CLIP-ViT-H-14")
+
+
+def test_the_published_model_draws_at_the_size_it_was_trained_at(
+    model: TextSteeredVideo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files name 96 latents, a square; a pipeline of diffusers draws 576 x 1024 px."""
+    parts = {"CLIPTextModelWithProjection": model.text_encoder, "CLIPTokenizer": model.tokenizer}
+    parts |= {"UNetSpatioTemporalConditionModel": model.unet, "AutoencoderKLTemporalDecoder": model.vae}
+    monkeypatch.setattr(video_diffusion, "pretrained", lambda kind, *_, **__: parts.get(kind.__name__, svd_scheduler()))
+    sampling = TextSteeredVideo.from_pretrained(SVD_XT, sampling=Sampling(steps=2)).sampling
+    assert (sampling.height, sampling.width, sampling.steps) == (576, 1024, 2)
+    assert TextSteeredVideo.from_pretrained("someone/else").sampling == Sampling()
 
 
 def test_prompts_that_cannot_be_read(model: TextSteeredVideo) -> None:

@@ -50,10 +50,14 @@ class Maker:
     """CLIP text model of Stable Video Diffusion where the folder has none; default: OpenCLIP ViT-H/14."""
     frames: int | None = None
     """How many to generate; default: as many as the model was made for."""
-    steps: int = 25
-    """Of the sampler."""
-    guidance: float = 3.0
-    """Strength of classifier-free guidance."""
+    height: int | None = None
+    """Of the video [px]; default: as the model was trained."""
+    width: int | None = None
+    """Of the video [px]; default: as the model was trained."""
+    steps: int | None = None
+    """Of the sampler; default: the model's own, 25 for Stable Video Diffusion."""
+    guidance: float | None = None
+    """Strength of classifier-free guidance; default: the model's own, 3 for Stable Video Diffusion."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +158,7 @@ def imagine(
     make_folder(output)
     source = SVD_XT
     if video is None:
-        rate = max(1, round(stage.fps))
-        shown = err.is_terminal
-        sampling = Sampling(frames=maker.frames, steps=maker.steps, guidance=maker.guidance, fps=rate, progress=shown)
-        source = load_video_model(maker.video_model, maker.text_encoder, sampling=sampling, device=device)
+        source = load_video_model(maker.video_model, maker.text_encoder, sampling=_sampling(maker), device=device)
     result = imagine_motion(
         loaded,
         picture,
@@ -227,6 +228,11 @@ def finetune_video(
     finetune(model, data, output, settings, base=base, seed=common.seed, resume=resume, progress=err.is_terminal)
     out.print(f"{len(data)} clips; log, checkpoint and, after {training.steps} steps, the model in {output}")
     write_json(common.json, {"output": str(output), "clips": len(data), "steps": training.steps})
+
+
+def _sampling(maker: Maker) -> Sampling:
+    """What the options ask for."""
+    return Sampling(maker.frames, maker.height, maker.width, maker.steps, maker.guidance, progress=err.is_terminal)
 
 
 def _backdrop(

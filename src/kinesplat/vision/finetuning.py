@@ -16,7 +16,7 @@ from torch import Tensor
 from kinesplat.errors import InputError, ModelFileError, TrainingError
 from kinesplat.files import folder_written_whole, written_whole
 from kinesplat.vision.loading import library
-from kinesplat.vision.video_diffusion import LORA_FOLDER, TextSteeredVideo, write_index
+from kinesplat.vision.video_diffusion import LORA_FOLDER, STABLE, TextSteeredVideo, write_index
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Layers of the video model that a LoRA changes."""
@@ -114,8 +114,8 @@ def finetune(
     """Train the video model on clips; text model and autoencoder stay. Runs under ``accelerate launch`` as well.
 
     The folder gets the checkpoint and log.csv on the way, and in the end the model: all of it, or the LoRA alone with
-    the name of its base. Every step draws from a generator of its own, so a resumed run goes the way of a run that was
-    never stopped.
+    the name of its base; either way with the size of the clips, at which it then draws. Every step draws from a
+    generator of its own, so a resumed run goes the way of a run that was never stopped.
 
     Args:
         model: what to start from; its video model is changed.
@@ -135,6 +135,9 @@ def finetune(
     settings, folder = settings or FinetuneSettings(), Path(folder)
     _refuse(clips, settings, base)
     folder.mkdir(parents=True, exist_ok=True)
+    frames, height, width = clips[0].frames.shape[:3]
+    own = replace(model.sampling, frames=frames, height=height, width=width).over(STABLE)
+    model = replace(model, sampling=own)
     run = _Run.start(model, clips, folder, settings, seed)
     done = run.load() if resume and (folder / CHECKPOINT).is_file() else 0
     run.train(done, progress)
@@ -306,7 +309,7 @@ class _Run:
         plain.peft_config["default"].base_model_name_or_path = base
         with folder_written_whole(self.folder / LORA_FOLDER) as temporary:
             plain.save_pretrained(str(temporary), save_embedding_layers=False)
-        write_index(self.folder, "StableVideoDiffusionPipeline")
+        write_index(self.folder, self.model.sampling)
 
 
 @dataclass(frozen=True, eq=False)

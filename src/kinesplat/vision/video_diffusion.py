@@ -9,7 +9,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from kinesplat.errors import InputError
-from kinesplat.files import folder_written_whole
+from kinesplat.files import folder_written_whole, written_whole
 from kinesplat.vision.loading import library, pretrained
 
 SVD_XT = "stabilityai/stable-video-diffusion-img2vid-xt"
@@ -28,6 +28,9 @@ OPEN_CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 SVD_FILES = ("model_index.json", "unet/*", "vae/*", "scheduler/*")
 LORA_FOLDER = "unet_lora"
 INDEX = "model_index.json"
+STABLE_PIPELINE = "StableVideoDiffusionPipeline"
+TRAINED_AT = "_trained_at"
+"""Entry of the index that diffusers passes over, as all that begin with an underscore."""
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 
 
@@ -44,7 +47,7 @@ class VideoModel(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a video is drawn; None leaves it to the model.
+    """How a video is drawn; None leaves it to the model, to what it was trained at where that is known.
 
     Attributes:
         frames: number of frames.
@@ -63,13 +66,24 @@ class Sampling:
     frames: int | None = None
     height: int | None = None
     width: int | None = None
-    steps: int = 25
-    guidance: float = 3.0
-    fps: int = 7
-    motion: int = 127
-    noise: float = 0.02
+    steps: int | None = None
+    guidance: float | None = None
+    fps: int | None = None
+    motion: int | None = None
+    noise: float | None = None
     decoded_at_once: int | None = None
     progress: bool = False
+
+    def over(self, other: "Sampling") -> "Sampling":
+        """These wishes where there are any, else those of `other`."""
+        return replace(other, **{name: value for name, value in asdict(self).items() if value is not None})
+
+
+STABLE = Sampling(steps=25, guidance=3.0, fps=7, motion=127, noise=0.02)
+STABLE_SIZE = Sampling(height=576, width=1024)
+"""What Stable Video Diffusion was trained at; its files name a square."""
+KEPT = ("frames", "height", "width", "steps", "guidance", "fps", "motion", "noise")
+"""Fields of `Sampling` that a model is written with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +96,8 @@ class TextSteeredVideo:
         scheduler: ``diffusers.EulerDiscreteScheduler`` with v-prediction and continuous time steps.
         text_encoder: ``transformers.CLIPTextModelWithProjection``.
         tokenizer: its ``CLIPTokenizer``.
-        sampling: how `generate` draws.
+        sampling: how `generate` draws; what is None there is 25 steps, guidance 3, 7 frames per second, motion 127,
+            noise 0.02, and the size that the video model's files name.
     """
 
     unet: Any
@@ -109,7 +124,7 @@ class TextSteeredVideo:
                 Stable Video Diffusion family on the Hugging Face hub.
             text_encoder: folder or name of a CLIP text model; default: the folder's own, else OpenCLIP ViT-H/14, whose
                 image embedding Stable Video Diffusion was trained with.
-            sampling: how to draw.
+            sampling: how to draw; what is None in it is as the model was trained.
             device: where to compute.
             dtype: of the weights; float16 reads the fp16 files of the hub.
 
@@ -138,7 +153,7 @@ class TextSteeredVideo:
             pretrained(diffusers.EulerDiscreteScheduler, base, subfolder="scheduler", files=SVD_FILES),
             pretrained(transformers.CLIPTextModelWithProjection, text, dtype=dtype, **parts).to(device).eval(),
             pretrained(transformers.CLIPTokenizer, text, **tokens),
-            sampling or Sampling(),
+            (sampling or Sampling()).over(_trained_at(source, base)),
         )
         found.check()
         return found
@@ -167,7 +182,7 @@ class TextSteeredVideo:
         for name in PARTS:
             with folder_written_whole(folder / name) as temporary:
                 getattr(self, name).save_pretrained(str(temporary))
-        write_index(folder, "StableVideoDiffusionPipeline")
+        write_index(folder, self.sampling)
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n 1 k"]:
@@ -207,7 +222,7 @@ class TextSteeredVideo:
         Raises:
             InputError: the prompt is empty or too long.
         """
-        want, scale = self.sampling, 2 ** (len(self.vae.config.block_out_channels) - 1)
+        want, scale = self.sampling.over(STABLE), 2 ** (len(self.vae.config.block_out_channels) - 1)
         side = self.unet.config.sample_size
         own = (side, side) if isinstance(side, int) else tuple(side)
         height, width = want.height or own[0] * scale, want.width or own[1] * scale
@@ -324,7 +339,7 @@ def load_video_model(
         BackendError: a library or the weights are absent; says how to get them.
         InputError: the folder holds no video model.
     """
-    steered = (Path(source) / LORA_FOLDER).is_dir() or pipeline_class(source) == "StableVideoDiffusionPipeline"
+    steered = (Path(source) / LORA_FOLDER).is_dir() or pipeline_class(source) == STABLE_PIPELINE
     if steered:
         return TextSteeredVideo.from_pretrained(source, text_encoder, sampling=sampling, device=device, dtype=dtype)
     return PipelineVideo.from_pretrained(source, sampling=sampling, device=device, dtype=dtype)
@@ -342,9 +357,16 @@ def pipeline_class(source: str | Path) -> str:
     return str(pretrained(loader, source, files=files).get("_class_name"))
 
 
-def write_index(folder: Path, name: str) -> None:
-    """Write which pipeline class a folder is for."""
-    (folder / INDEX).write_text(json.dumps({"_class_name": name}, indent=1) + "\n")
+def write_index(folder: Path, sampling: Sampling) -> None:
+    """Write that a folder is for Stable Video Diffusion, and what the model in it was trained at.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    kept = {name: getattr(sampling, name) for name in KEPT}
+    index = {"_class_name": STABLE_PIPELINE, TRAINED_AT: kept}
+    with written_whole(folder / INDEX) as temporary:
+        temporary.write_text(json.dumps(index, indent=1) + "\n")
 
 
 def resized(image: Float[Tensor, "height width 3"], height: int, width: int) -> Float[Tensor, "h w 3"]:
@@ -354,6 +376,19 @@ def resized(image: Float[Tensor, "height width 3"], height: int, width: int) -> 
     planes = image.float().movedim(-1, 0)[None]
     size = torch.nn.functional.interpolate(planes, (height, width), mode="bilinear", antialias=True)
     return size[0].movedim(0, -1)
+
+
+def _trained_at(source: str | Path, base: str | Path) -> Sampling:
+    """What the index of a folder says about the training; for the published models their size."""
+    published = STABLE_SIZE if str(base).startswith("stabilityai/stable-video-diffusion") else Sampling()
+    path = Path(source) / INDEX
+    if not path.is_file():
+        return published
+    try:
+        values = json.loads(path.read_text()).get(TRAINED_AT, {})
+        return Sampling(**{name: values[name] for name in KEPT if name in values}).over(published)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
 
 
 def _index(source: str, local_files_only: bool) -> dict[str, Any]:

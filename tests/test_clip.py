@@ -184,6 +184,19 @@ def test_resampling_without_a_gradient_is_refused(folder: Path) -> None:
     assert json.loads(path.read_text()) == said
 
 
+def test_a_processor_that_does_not_resize_is_taken_at_its_word(folder: Path) -> None:
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    processor.do_resize = False
+    if "max_num_patches" in processor.to_dict():
+        with pytest.raises(InputError, match="expected do_resize"):
+            Preprocessing.of(processor)
+        return
+    array = (255.0 * torch.rand(44, 52, 3)).to(torch.uint8)
+    theirs = processor(images=Image.fromarray(array.numpy()), return_tensors="pt")["pixel_values"].float()
+    ours = Preprocessing.of(processor)(array[None].float() / 255.0)["pixel_values"]
+    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("height", "width"), [(100, 100), (64, 200), (333, 50), (8, 8)])
 def test_patched_sizes_keep_the_aspect_and_the_bound(height: int, width: int) -> None:
     tall, wide = patched_size(height, width, 8, 64)

@@ -68,11 +68,11 @@ class Augmentation:
         def uniform(low: float, high: float) -> Tensor:
             return low + (high - low) * torch.rand(count, generator=generator)
 
-        zoom, angle = uniform(self.crop, 1.0), uniform(-self.turn, self.turn)
+        zoom, angle, aspect = uniform(self.crop, 1.0), uniform(-self.turn, self.turn), width / height
         rest = 1.0 - zoom
         H = torch.zeros(count, 3, 3)
-        H[:, 0, 0], H[:, 0, 1], H[:, 0, 2] = zoom * angle.cos(), -zoom * angle.sin(), rest * uniform(-1.0, 1.0)
-        H[:, 1, 0], H[:, 1, 1], H[:, 1, 2] = zoom * angle.sin(), zoom * angle.cos(), rest * uniform(-1.0, 1.0)
+        H[:, 0, 0], H[:, 0, 1], H[:, 0, 2] = zoom * angle.cos(), -zoom * angle.sin() / aspect, rest * uniform(-1.0, 1.0)
+        H[:, 1, 0], H[:, 1, 1], H[:, 1, 2] = aspect * zoom * angle.sin(), zoom * angle.cos(), rest * uniform(-1.0, 1.0)
         H[:, 2, :2] = (self.perspective * torch.randn(count, 2, generator=generator)).clamp(-0.3, 0.3)
         H[:, 2, 2] = 1.0
         y, x = ((2.0 * torch.arange(size) + 1.0) / size - 1.0 for size in (height, width))

@@ -266,7 +266,7 @@ def ascend(
     path, losses, alive = [q], [], torch.arange(len(q))
     task = bar.add_task("climbing", total=iterations)
     for step in range(iterations):
-        if step in [round(share * iterations) for share in HALVED_AT] and len(alive) >= 2 * FEWEST:
+        if step and step in [round(share * iterations) for share in HALVED_AT] and len(alive) >= 2 * FEWEST:
             recent = torch.stack(losses[-RECENT:]).cpu()[:, alive].mean(dim=0)
             alive = alive[recent.argsort()[: (len(alive) + 1) // 2]].sort().values
         share = 0.5 * (1.0 + math.cos(math.pi * step / iterations))

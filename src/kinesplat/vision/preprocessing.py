@@ -18,7 +18,8 @@ class Preprocessing:
     """Resize, crop and normalise as an image processor of transformers does, with gradients.
 
     Attributes:
-        shortest_edge: length to which the shorter side is resized [px]; None where `size` or `patch_px` says it.
+        shortest_edge: length to which the shorter side is resized [px]; None where `size` or `patch_px` says it. Where
+            all three are None pictures keep their size.
         size: height and width to which a picture is stretched [px]; None where the aspect is kept.
         crop: height and width of the piece cut from the middle [px]; None to keep all.
         mean: ``(3,)`` subtracted.
@@ -45,7 +46,8 @@ class Preprocessing:
             InputError: it resamples in a way that has no gradient, or says no size.
         """
         said = processor.to_dict()
-        resample = said.get("resample") if said.get("do_resize", True) else 3
+        resizes = bool(said.get("do_resize", True))
+        resample = said.get("resample") if resizes else 3
         if resample is None:
             resample = processor.resample
         if int(resample) not in RESAMPLING:
@@ -53,12 +55,14 @@ class Preprocessing:
         patched, size = "max_num_patches" in said, said.get("size") or {}
         crop = said.get("crop_size") if said.get("do_center_crop") else None
         sized = (int(size["height"]), int(size["width"])) if size.get("height") else None
-        if not patched and sized is None and not size.get("shortest_edge"):
+        if patched and not resizes:
+            raise InputError("the image processor cuts pictures into patches without resizing them; expected do_resize")
+        if resizes and not patched and sized is None and not size.get("shortest_edge"):
             raise InputError(f"the image processor has the size {size}; expected height and width, or shortest_edge")
         normalised = said.get("do_normalize", True)
         return cls(
-            int(size["shortest_edge"]) if size.get("shortest_edge") and not patched else None,
-            None if patched else sized,
+            int(size["shortest_edge"]) if resizes and size.get("shortest_edge") and not patched else None,
+            sized if resizes and not patched else None,
             None if crop is None else (int(crop["height"]), int(crop["width"])),
             torch.tensor(said["image_mean"] if normalised else [0.0] * 3),
             torch.tensor(said["image_std"] if normalised else [1.0] * 3),
@@ -81,8 +85,9 @@ class Preprocessing:
             size = patched_size(height, width, self.patch_px, self.max_patches)
         elif self.size is not None:
             size = self.size
+        elif self.shortest_edge is None:
+            size = (height, width)
         else:
-            assert self.shortest_edge is not None
             long = int(self.shortest_edge * max(height, width) / min(height, width))
             size = (self.shortest_edge, long) if height <= width else (long, self.shortest_edge)
         if size != (height, width):

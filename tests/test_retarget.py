@@ -1,4 +1,4 @@
-"""Retargeting: pairs by brute force, bands against dense algebra, gradients by differences, motions that come back."""
+"""Retargeting: gradients by differences, motions that come back, the command."""
 
 import csv
 import itertools
@@ -6,9 +6,9 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,28 +20,13 @@ from kinesplat.files import write_png
 from kinesplat.inverse.priors import Priors
 from kinesplat.inverse.rendered_tracks import follow_rendered, rendered_chamfer, rendered_tracks
 from kinesplat.inverse.retarget import demonstrated
-from kinesplat.inverse.retarget_result import Alignment
-from kinesplat.inverse.retargeting import between, limbs
+from kinesplat.inverse.retarget_result import Alignment, Motion
+from kinesplat.inverse.retargeting import between, distinct, limbs
+from kinesplat.inverse.search import joint_scale
 from kinesplat.inverse.surface_tracks import SurfaceTracks
-from kinesplat.inverse.track_matching import (
-    chamfer,
-    equal_pairs,
-    first_distances,
-    frame_pairs,
-    mean_squared,
-    nearest_tracks,
-    track_pairs,
-)
+from kinesplat.inverse.track_matching import chamfer, equal_pairs, first_distances, track_pairs
 from kinesplat.inverse.track_objective import TrackObjective
-from kinesplat.inverse.trajectory import (
-    FrameBlocks,
-    Smoothness,
-    Trajectory,
-    band_matrix,
-    band_step,
-    solve_trajectory,
-    standard_deviations,
-)
+from kinesplat.inverse.trajectory import Smoothness, Trajectory, solve_trajectory
 from kinesplat.video import read_frames
 from kinesplat.vision.correlation_tracker import CorrelationTracker
 from kinesplat.vision.point_tracks import PointTracks, lucas_kanade
@@ -82,61 +67,6 @@ def shown(arm: ks.SelfModel, camera: ks.Camera, motion: Tensor) -> PointTracks:
     return some.select(chosen).tracks(motion).seen()
 
 
-def random_tracks(n: int, seed: int) -> PointTracks:
-    generator = torch.Generator().manual_seed(seed)
-    visible = torch.rand(5, n, generator=generator) < 0.7
-    return PointTracks(60.0 * torch.rand(5, n, 2, generator=generator), visible)
-
-
-def test_pairs_in_every_frame_are_the_nearest() -> None:
-    """Eq. 10 by plain loops, with points that nobody sees far off and not chosen."""
-    a, b = random_tracks(9, 0), random_tracks(7, 1)
-    a = PointTracks(torch.where(a.visible[..., None], a.points, torch.nan), a.visible)
-    total = 0.0
-    for t in range(5):
-        x, y = a.points[t][a.visible[t]], b.points[t][b.visible[t]]
-        distance = torch.cdist(x, y).square()
-        total += float(distance.amin(dim=1).mean() + 0.5 * distance.amin(dim=0).mean())
-    assert chamfer(a, b, 0.5).item() == pytest.approx(total, rel=1e-4)
-    assert chamfer(a, a).item() == pytest.approx(0.0, abs=1e-3)
-    assert len(frame_pairs(a, b, 0.0).frame) == int((a.visible & b.visible.any(dim=1, keepdim=True)).sum())
-
-
-def test_pairs_of_whole_tracks() -> None:
-    a, b = random_tracks(9, 0), random_tracks(7, 1)
-    allowed = torch.rand(9, 7, generator=torch.Generator().manual_seed(2)) < 0.6
-    allowed[3] = False
-    away = (a.points[:, :, None] - b.points[:, None]).square().sum(dim=-1)
-    mean = (away * a.visible[..., None]).sum(dim=0) / a.visible.sum(dim=0)[:, None]
-    assert torch.allclose(mean_squared(a, b.points), mean, rtol=1e-3)
-    partner = torch.where(allowed, mean, torch.inf).argmin(dim=1)
-    distance = torch.where(allowed, mean_squared(a, b.points), torch.inf)
-    index = nearest_tracks(distance)
-    assert index[3] == -1
-    others = torch.arange(9) != 3
-    assert torch.equal(index[others], partner[others])
-    hard = track_pairs(a, distance)
-    loss = (hard.weight * (b.points[hard.frame, hard.ours] - hard.target).square().sum(dim=-1)).sum()
-    n = (a.visible & others).sum(dim=1)
-    expected = sum(away[t, i, partner[i]] / n[t] for t in range(5) for i in range(9) if a.visible[t, i] and i != 3)
-    assert loss.item() == pytest.approx(float(expected), rel=1e-4)
-    soft = track_pairs(a, distance, width=0.5)
-    again = (soft.weight * (b.points[soft.frame, soft.ours] - soft.target).square().sum(dim=-1)).sum()
-    assert again <= loss + 1e-3  # targets of one of our points are averaged
-    assert soft.weight.sum().item() == pytest.approx(hard.weight.sum().item(), rel=1e-5)
-
-
-def test_first_frames_tell_who_is_near_and_seen() -> None:
-    a, b = random_tracks(9, 0), random_tracks(7, 1)
-    distance = first_distances(a, b, 20.0)
-    first = a.visible.float().argmax(dim=0)
-    for i in range(9):
-        for j in range(7):
-            away = (a.points[first[i], i] - b.points[first[i], j]).norm()
-            near = bool(away < 20.0 and b.visible[first[i], j])
-            assert distance[i, j].item() == (pytest.approx(away.item() ** 2, rel=1e-4) if near else math.inf)
-
-
 def test_jacobian_of_pixels(surface: SurfaceTracks, motion: Tensor) -> None:
     q = motion.double()
     frame, point = torch.tensor([0, 3, 3, 7]), torch.tensor([5, 100, 311, 250])
@@ -174,78 +104,6 @@ def test_points_slide_to_where_the_tracks_are(surface: SurfaceTracks, motion: Te
         slid = slid.slid(motion, target, 6.0)
     before, after = ((s.points - truth.points).norm(dim=-1).median() for s in (moved, slid))
     assert after < 0.5 * before
-
-
-def dense(blocks: FrameBlocks, ties: Smoothness) -> Tensor:
-    """The whole matrix of joints, shared variables left out, from what its parts say."""
-    frames, dof = blocks.gradient.shape
-    H = torch.block_diag(*blocks.hessian.double())
-    bend = torch.zeros((frames - 2) * dof, frames * dof, dtype=torch.float64)
-    for t in range(frames - 2):
-        for i, c in enumerate((1.0, -2.0, 1.0)):
-            rows, columns = slice(t * dof, (t + 1) * dof), slice((t + i) * dof, (t + i + 1) * dof)
-            bend[rows, columns] += c * torch.diag(ties.acceleration.double())
-    return H + bend.T @ bend + torch.diag(ties.rest.double().square().repeat(frames))
-
-
-def random_problem() -> tuple[FrameBlocks, Smoothness]:
-    generator = torch.Generator().manual_seed(4)
-    frames, dof, p = 6, 3, 2
-    J, S = torch.randn(frames, 20, dof, generator=generator), torch.randn(frames, 20, p, generator=generator)
-    blocks = FrameBlocks(
-        loss=1.0,
-        gradient=torch.randn(frames, dof, generator=generator),
-        hessian=J.mT @ J,
-        shared_gradient=torch.randn(p, generator=generator),
-        shared_hessian=(S.mT @ S).sum(dim=0),
-        mixed=J.mT @ S,
-    )
-    rest = torch.randn(dof, generator=generator)
-    return blocks, Smoothness(torch.rand(dof, generator=generator) + 0.5, torch.rand(dof, generator=generator), rest)
-
-
-def test_band_step_is_the_dense_solution() -> None:
-    blocks, ties = random_problem()
-    frames, dof = blocks.gradient.shape
-    held = torch.zeros(frames, dof, dtype=torch.bool)
-    held[2, 1] = True
-    step, shared = band_step(blocks, ties, blocks.gradient, held, 0.0)
-    mixed = blocks.mixed.flatten(0, 1).double()
-    whole = torch.cat(
-        [torch.cat([dense(blocks, ties), mixed], dim=1), torch.cat([mixed.T, blocks.shared_hessian.double()], dim=1)]
-    )
-    right = -torch.cat([blocks.gradient.flatten(), blocks.shared_gradient]).double()
-    free = torch.cat([~held.flatten(), torch.ones(len(shared), dtype=torch.bool)])
-    expected = torch.zeros_like(right)
-    expected[free] = torch.linalg.solve(whole[free][:, free], right[free])
-    assert torch.allclose(torch.cat([step.flatten(), shared]).double(), expected, atol=1e-5)
-
-
-def test_standard_deviations_are_those_of_the_dense_inverse() -> None:
-    blocks, ties = random_problem()
-    expected = (0.3 * torch.linalg.inv(dense(blocks, ties)).diagonal()).sqrt().reshape(blocks.gradient.shape)
-    assert torch.allclose(standard_deviations(blocks, ties, 0.3).double(), expected, rtol=1e-5)
-
-
-def test_smoothness_agrees_with_itself() -> None:
-    _, ties = random_problem()
-    q = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    double = Smoothness(ties.acceleration.double(), ties.rest.double(), ties.q_rest.double())
-    bend = q[2:] - 2.0 * q[1:-1] + q[:-2]
-    loss = (double.acceleration * bend).square().sum() + (double.rest * (q - double.q_rest)).square().sum()
-    (slope,) = torch.autograd.grad(loss, q)
-    assert double.loss(q.detach()) == pytest.approx(loss.item())
-    assert torch.allclose(2.0 * double.gradient(q.detach()), slope)
-    empty = FrameBlocks(0.0, q.detach(), torch.zeros(6, 3, 3), torch.zeros(0), torch.zeros(0, 0), torch.zeros(6, 3, 0))
-    bands = band_matrix(empty, double, torch.ones(6, 3, dtype=torch.float64), 0.0)
-    hessian = torch.autograd.functional.hessian(lambda x: double_loss(double, x), q.detach()).reshape(18, 18)
-    for k in range(7):
-        assert np.allclose(bands[6 - k, k:], 0.5 * hessian.diagonal(offset=k).numpy(), atol=1e-6)
-
-
-def double_loss(ties: Smoothness, q: Tensor) -> Tensor:
-    bend = q[2:] - 2.0 * q[1:-1] + q[:-2]
-    return (ties.acceleration * bend).square().sum() + (ties.rest * (q - ties.q_rest)).square().sum()
 
 
 @pytest.mark.parametrize("robust", [None, 5.0])
@@ -295,10 +153,27 @@ def test_a_motion_from_tracks_alone(arm: ks.SelfModel, camera: ks.Camera, shown:
     assert fit.q.shape == motion.shape
     assert fit.std is not None
     assert fit.std.shape == motion.shape
-    assert fit.hypotheses[0].loss <= fit.hypotheses[-1].loss
+    assert fit.covariance is not None
+    assert torch.equal(fit.covariance.diagonal(dim1=1, dim2=2).sqrt(), fit.std)
+    assert torch.linalg.eigvalsh(fit.covariance).min() > 0.0
+    assert torch.equal(fit.hypotheses[0].q, fit.q)
+    assert fit.camera.width == SIZE
     assert "8 frames" in fit.report()
     assert len(fit.level_starts) > 5
     json.dumps(fit.to_json(), allow_nan=False)
+
+
+def test_tracks_as_a_plain_tensor(camera: ks.Camera, shown: PointTracks) -> None:
+    """NaN where a point was not seen says what `visible` says."""
+    points = torch.where(shown.visible[..., None], shown.points, torch.nan)
+    (ours, _), (theirs, _) = (demonstrated(tracks, camera, None, lucas_kanade) for tracks in (points, shown))
+    assert torch.equal(ours.points, theirs.points)
+    assert torch.equal(ours.visible, theirs.visible)
+
+
+def test_other_answers_differ_from_each_other() -> None:
+    motions = [Motion(torch.full((3, 2), value), loss) for value, loss in ((0.0, 0.1), (0.9, 0.2), (0.91, 0.3))]
+    assert distinct([*motions, Motion(torch.full((3, 2), 0.01), 0.4)]) == motions[:2]
 
 
 @pytest.mark.slow
@@ -398,6 +273,22 @@ def test_the_paper_objective_improves(arm: ks.SelfModel, camera: ks.Camera, moti
         rendered_chamfer(arm, camera, shown, lambda f, q: lucas_kanade(f.detach(), q), motion[:4].requires_grad_())
 
 
+def test_a_joint_beyond_its_limit_comes_back(surface: SurfaceTracks, shown: PointTracks, motion: Tensor) -> None:
+    """A loss that first pulls out of the limits and then back: the joints follow it back."""
+    tree, calls, step = surface.tree, itertools.count(), 0.04 * joint_scale(surface.tree)
+    start = torch.where(tree.q_limited, tree.q_upper, tree.q_canonical).float().expand(FRAMES, -1)
+
+    def pulls(model: object, camera: object, target: object, tracker: object, q: Tensor) -> Tensor:
+        return ((q - (start + step if next(calls) < 3 else start - step)) / step).square().sum()
+
+    ties = Smoothness(torch.zeros(tree.dof), torch.zeros(tree.dof), start)
+    with patch("kinesplat.inverse.rendered_tracks.rendered_chamfer", pulls):
+        q, losses = follow_rendered(surface, shown, lucas_kanade, start, ties, steps=60)
+    assert losses[-1] < 0.1 * losses[3]
+    assert ((q - (start - step)).abs() < 0.5 * step).all()
+    assert torch.equal(tree.clamp(q), q)
+
+
 def test_limbs_and_thinned_motions(kinearm: ks.SelfModel) -> None:
     hand = ks.zoo.load("shadow_hand").tree
     blocks = [[hand.joint_names[i] for i in block] for block in limbs(hand)]
@@ -442,6 +333,13 @@ def test_command(
     with patch("sys.argv", [*words, str(tmp_path / "frames"), *common, "--this-robot"]), pytest.raises(SystemExit):
         cli.main()
     assert "give one of them" in capsys.readouterr().err
+    failed = SimpleNamespace(verdict="failed", q=motion[0])
+    words = [*words, str(tmp_path / "frames"), *common[:2], "--this-robot", "-o", str(tmp_path / "c.csv")]
+    argv, fails = patch("sys.argv", words), patch("kinesplat.commands.retarget.reconstruct", lambda *_, **__: failed)
+    with argv, fails, pytest.raises(SystemExit):
+        cli.main()
+    assert "verdict failed" in capsys.readouterr().err
+    assert not (tmp_path / "c.csv").exists()
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -460,6 +358,9 @@ def test_bad_input(arm: ks.SelfModel, camera: ks.Camera, shown: PointTracks, mot
         ks.retarget(arm, shown, camera, smoothness=-1.0)
     with pytest.raises(InputError, match="no frame"):
         ks.retarget(arm, [], camera)
+    for path in ("dance.mp4", Path("dance.npz")):
+        with pytest.raises(InputError, match=r"read_frames .*PointTracks\.load"):
+            ks.retarget(arm, path, camera)
     with pytest.raises(InputError, match="masks are given with tracks"):
         ks.retarget(arm, shown, camera, masks=[])
     with pytest.raises(InputError, match="starts is 0"):

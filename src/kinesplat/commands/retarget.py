@@ -166,7 +166,7 @@ def first_frame(
     """Joints of the first frame: given, reconstructed from its picture, or unknown.
 
     Raises:
-        InputError: both ways at once.
+        InputError: both ways at once, or a first picture that this robot does not explain.
     """
     if q_init is not None and this_robot:
         raise InputError("--q-init and --this-robot both say where the first frame begins; give one of them")
@@ -175,7 +175,13 @@ def first_frame(
     if not this_robot:
         return None
     mask = None if masks is None else next(iter(read_masks(masks)))
-    return reconstruct(model, next(read_frames(video)), camera, masks=mask, seed=seed).q
+    fit = reconstruct(model, next(read_frames(video)), camera, masks=mask, seed=seed)
+    if fit.verdict == "failed":
+        raise InputError(
+            f"{video}: the first frame was not explained (verdict {fit.verdict}); check --camera, give --masks or "
+            "--q-init, or leave out --this-robot"
+        )
+    return fit.q
 
 
 def columns_of(result: RetargetResult, rate: float) -> dict[str, list[Any]]:

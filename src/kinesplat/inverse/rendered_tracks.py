@@ -38,6 +38,8 @@ def follow_rendered(
         ties: smoothness.
         steps: of Adam, with a rate that falls to a tenth [0.01 joint units at first].
 
+    Every step ends within the joint limits.
+
     Returns:
         The motion of the lowest loss, and the loss before every step [px^2].
 
@@ -47,19 +49,21 @@ def follow_rendered(
     tree, scale = surface.tree, joint_scale(surface.tree)
     camera, factor = small_camera(surface.camera)
     target = shown.scaled(factor)
-    u = (q / scale).clone().requires_grad_()
+    u = (tree.clamp(q) / scale).clone().requires_grad_()
     adam = torch.optim.Adam([u], RATE)
     schedule = torch.optim.lr_scheduler.ExponentialLR(adam, LAST_RATE ** (1.0 / max(steps, 1)))
     best, losses = (torch.inf, q), []
     for _ in range(steps):
-        motion = tree.clamp(u * scale)
+        motion = u * scale
         loss = rendered_chamfer(surface.model, camera, target, tracker, motion) / float(factor[0]) ** 2
         total = loss + _smooth(ties, motion)
         losses.append(float(total.detach()))
-        best = min(best, (losses[-1], motion.detach().clone()), key=lambda pair: pair[0])
+        best = min(best, (losses[-1], tree.clamp(motion.detach())), key=lambda pair: pair[0])
         adam.zero_grad()
         total.backward()
         adam.step()
+        with torch.no_grad():
+            u.copy_(tree.clamp(u * scale) / scale)  # outside of the graph, or a joint beyond its limit had no gradient
         schedule.step()
     return best[1], losses
 

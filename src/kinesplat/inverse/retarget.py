@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,7 +30,7 @@ STARTS = 8
 
 def retarget(
     model: SelfModel,
-    demonstration: PointTracks | Iterable[ImageLike],
+    demonstration: PointTracks | Iterable[ImageLike] | Float[Tensor, "frames n 2"],
     camera: Camera,
     *,
     masks: Iterable[ImageLike] | None = None,
@@ -57,7 +58,8 @@ def retarget(
 
     Args:
         model: self-model of our robot, its splats bound to links.
-        demonstration: tracks in the pixels of `camera`, or frames ``(height, width, 3)`` of its size.
+        demonstration: tracks in the pixels of `camera`, also as a tensor ``(frames, n, 2)`` with NaN where a point was
+            not seen, or frames ``(height, width, 3)`` of its size.
         camera: through which our robot is to be seen: batch ``()``, or ``(frames,)`` where it moves.
         masks: of a video: 1 on what moves; without them what differs from a plain or the usual background.
         q_init: ``(dof,)`` our joints in the first frame, right within about 0.1 rad, or ``(frames, dof)`` a first guess
@@ -101,7 +103,7 @@ def found(work: Retargeting, objective: Objective, starts: int, seed: int) -> An
 
 
 def demonstrated(
-    demonstration: PointTracks | Iterable[ImageLike],
+    demonstration: PointTracks | Iterable[ImageLike] | Float[Tensor, "frames n 2"],
     camera: Camera,
     masks: Iterable[ImageLike] | None,
     tracker: PointTracker,
@@ -113,6 +115,14 @@ def demonstrated(
     """
     if not isinstance(camera, Camera):
         raise InputError(f"camera is a {type(camera).__name__}; expected a kinesplat.Camera")
+    if isinstance(demonstration, str | Path):
+        raise InputError(
+            f"the demonstration is {str(demonstration)!r}; read it first: kinesplat.video.read_frames for a video, "
+            "kinesplat.vision.point_tracks.PointTracks.load for tracks"
+        )
+    if isinstance(demonstration, Tensor) and demonstration.dim() == 3 and demonstration.shape[-1] == 2:
+        seen = torch.isfinite(demonstration).all(dim=-1)
+        demonstration = PointTracks(demonstration.nan_to_num(0.0, 0.0, 0.0), seen)
     if isinstance(demonstration, PointTracks) and masks is not None:
         raise InputError("masks are given with tracks; they belong to a video")
     if not isinstance(demonstration, PointTracks):

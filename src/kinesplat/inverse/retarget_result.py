@@ -61,13 +61,16 @@ class RetargetResult:
         joint_names: names of the columns of q.
         q: ``(frames, dof)`` [rad]/[m].
         camera: the given one.
-        std: ``(frames, dof)`` standard deviations [rad]/[m], from the residuals, smoothness included; infinite where
-            nothing was seen of a joint. None for the rendered objective.
+        covariance: ``(frames, dof, dof)`` of the joints of every frame [rad^2]/[m^2], from residuals taken for
+            independent, smoothness and the alignment included; infinite variance where nothing was seen of a joint.
+            None for the rendered objective.
         loss_history: cost of the best start after every iteration; values of different levels are not comparable.
         level_starts: index into `loss_history` at which each level begins.
         residuals_px: of every frame, median distance of the demonstrated points from our partners; NaN without any.
         near_share: share of the demonstrated points that lie within 2 % of the image side of their partners.
-        hypotheses: distinct motions, best first; the first is the answer, the others were left unpolished.
+        hypotheses: motions that differ by more than 0.05 rad or m on average, best first; the first is the answer.
+            The others are as the search on key frames left them; so is their loss, which compares them with each other
+            and not with the answer.
         alignment: how the demonstration was moved in the picture first.
         tracks: number of demonstrated tracks.
         seconds: wall time.
@@ -76,7 +79,7 @@ class RetargetResult:
     joint_names: tuple[str, ...]
     q: Float[Tensor, "frames dof"]
     camera: Camera
-    std: Float[Tensor, "frames dof"] | None
+    covariance: Float[Tensor, "frames dof dof"] | None
     loss_history: tuple[float, ...]
     level_starts: tuple[int, ...]
     residuals_px: tuple[float, ...]
@@ -92,6 +95,11 @@ class RetargetResult:
         if self.near_share >= FOLLOWED:
             return "followed"
         return "failed" if self.near_share < FAILED else "roughly followed"
+
+    @property
+    def std(self) -> Float[Tensor, "frames dof"] | None:
+        """``(frames, dof)`` standard deviations [rad]/[m]: the root of the diagonal of `covariance`."""
+        return None if self.covariance is None else self.covariance.diagonal(dim1=1, dim2=2).clamp(min=0.0).sqrt()
 
     @property
     def residual_px(self) -> float:

@@ -26,7 +26,7 @@ from kinesplat.inverse.track_matching import (
     track_pairs,
 )
 from kinesplat.inverse.track_objective import TrackObjective
-from kinesplat.inverse.trajectory import Smoothness, Trajectory, solve_trajectory, standard_deviations
+from kinesplat.inverse.trajectory import Smoothness, Trajectory, covariances, solve_trajectory
 from kinesplat.kinematics import KinematicTree
 from kinesplat.self_model import SelfModel
 from kinesplat.vision.point_tracks import PointTracks
@@ -38,6 +38,7 @@ REST, BEGIN = 1e-3, 100.0  # cost of one joint unit [px^2]: everywhere, and in t
 BACKWARD = 0.1
 POLISHING = 4
 BOX_SHARE = 0.01
+APART = 0.05
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ class Retargeting:
 
         Args:
             answer: the motion.
-            sure: whether standard deviations are asked for.
+            sure: whether the covariance is asked for.
             seconds: that it took.
         """
         shown, partners = answer.followed, answer.partners
@@ -310,23 +311,23 @@ class Retargeting:
         pairs = judge.pairs
         assert pairs is not None
         away, share = self._distances(judge, answer.at)
+        motions = [Motion(m.q, m.loss / self.unit**2) for m in (Motion(answer.at.q, answer.loss), *answer.rivals)]
         starts = np.cumsum([0, *(len(losses) for losses in answer.history)])[:-1]
         shared = answer.at.shared.tolist() or [0.0] * 4
         side = max(self.camera.width, self.camera.height)
         last = Alignment(math.exp(shared[0]), shared[1], (side * shared[2], side * shared[3]))
         variance = max(blocks.loss, 1e-12) / max(len(pairs.frame), 1)
-        std = standard_deviations(blocks, self.ties(len(self.every)), variance) if sure else None
-        rivals = [m for m in answer.rivals if (m.q - answer.at.q).abs().mean() > 0.05]
+        covariance = covariances(blocks, self.ties(len(self.every)), variance) if sure else None
         return RetargetResult(
             joint_names=self.tree.joint_names,
             q=answer.at.q,
             camera=self.camera,
-            std=std,
+            covariance=covariance,
             loss_history=tuple(loss / self.unit**2 for losses in answer.history for loss in losses),
             level_starts=tuple(int(start) for start in starts),
             residuals_px=tuple(away),
             near_share=share,
-            hypotheses=(Motion(answer.at.q, answer.loss / self.unit**2), *rivals),
+            hypotheses=tuple(distinct(motions)),
             alignment=self.first.then(last),
             tracks=self.shown.points.shape[1],
             seconds=seconds,
@@ -352,6 +353,15 @@ def limbs(tree: KinematicTree) -> list[list[int]]:
     single = moved.sum(dim=0) == 1
     blocks = [torch.nonzero(single & moved[leaf])[:, 0].tolist() for leaf in range(len(leaves))]
     return [block for block in [*blocks, torch.nonzero(~single)[:, 0].tolist()] if block]
+
+
+def distinct(motions: list[Motion]) -> list[Motion]:
+    """The motions that differ from all before them by more than 0.05 rad or m on average; the first stays."""
+    out: list[Motion] = []
+    for motion in motions:
+        if all((motion.q - other.q).abs().mean() > APART for other in out):
+            out.append(motion)
+    return out
 
 
 def between(q: Float[Tensor, "keys dof"], keys: Int[Tensor, " keys"], frames: int) -> Float[Tensor, "frames dof"]:

@@ -178,16 +178,31 @@ def band_matrix(
     return out
 
 
-def standard_deviations(
+def covariances(
     blocks: FrameBlocks, smoothness: Smoothness, variance: float, far: float = 1e3
-) -> Float[Tensor, "frames dof"]:
-    """Root of the diagonal of ``variance * H^-1``, smoothness included; infinite beyond `far` [rad]/[m]."""
+) -> Float[Tensor, "frames dof dof"]:
+    """Every frame's block of ``variance * H^-1``, smoothness and what the frames share included.
+
+    A joint whose standard deviation is beyond `far` [rad]/[m] has an infinite variance, and no covariance with others.
+    """
     frames, dof = blocks.gradient.shape
     bands = band_matrix(blocks, smoothness, torch.ones(frames, dof, dtype=torch.float64), 0.0)
-    columns = [slice(i, i + 512) for i in range(0, frames * dof, 512)]
-    diagonal = [scipy.linalg.solveh_banded(bands, np.eye(frames * dof)[:, c])[c].diagonal() for c in columns]
-    std = torch.from_numpy(np.concatenate(diagonal)).mul(variance).clamp(min=0.0).sqrt().reshape(frames, dof)
-    return torch.where(std < far, std, torch.inf).float()
+    factor = scipy.linalg.cholesky_banded(bands, check_finite=False)
+    out = np.zeros((frames, dof, dof))
+    for i in range(frames):
+        place, columns = slice(i * dof, (i + 1) * dof), np.zeros((frames * dof, dof))
+        columns[place] = np.eye(dof)
+        out[i] = scipy.linalg.cho_solve_banded((factor, False), columns, check_finite=False)[place]
+    if mixed := blocks.mixed.shape[-1]:
+        border = blocks.mixed.double().reshape(frames * dof, mixed).numpy()
+        solved = scipy.linalg.cho_solve_banded((factor, False), border, check_finite=False)
+        schur = blocks.shared_hessian.double().numpy() + 1e-12 * np.eye(mixed) - border.T @ solved
+        parts = solved.reshape(frames, dof, mixed)
+        out += parts @ np.linalg.inv(schur) @ parts.transpose(0, 2, 1)
+    covariance = torch.from_numpy(variance * 0.5 * (out + out.transpose(0, 2, 1)))
+    unknown = ~(covariance.diagonal(dim1=1, dim2=2) < far**2)
+    covariance = covariance.masked_fill(unknown[:, :, None] | unknown[:, None, :], 0.0)
+    return (covariance + torch.diag_embed(torch.where(unknown, torch.inf, 0.0))).float()
 
 
 def _bend(q: Float[Tensor, "frames dof"]) -> Float[Tensor, "bends dof"]:

@@ -92,7 +92,8 @@ def cotracker3(weights: str | Path | None = None) -> PointTracker:
     path = _file("cotracker3", weights)
     warnings.warn(NON_COMMERCIAL, UserWarning, stacklevel=3)
     model = predictor(checkpoint=None, offline=True, v2=False, window_len=COTRACKER_WINDOW)
-    _load(model.model, _state(path), "cotracker3")
+    state = _state(path)
+    _load(model.model, state.get("model", state), "cotracker3")
     return partial(_cotracker, model.eval())
 
 

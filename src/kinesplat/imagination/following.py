@@ -38,8 +38,8 @@ def follow(
 
     The backdrop is what the first frame shows beside the robot. After tracking it is taken anew, with what the robot
     uncovered, and every frame is solved again from its own answer and from its neighbours', which leads out of the
-    wrong minima that few pixels have. The first frame keeps `q_init`. A frame that the robot does not fit is marked as
-    lost; it is not searched anew, its joints are the nearest explanation.
+    wrong minima that few pixels have. The first frame keeps `q_init`. A frame that the robot does not fit, the first
+    one included, is marked as lost; it is not searched anew, its joints are the nearest explanation.
 
     Args:
         model: self-model of the robot.
@@ -54,13 +54,14 @@ def follow(
         InputError: frames, camera or q of the wrong type, shape or range.
     """
     began = time.perf_counter()
-    q_init = q_init.float()
+    model.tree.coordinates(q_init)  # raises on a wrong size or NaN
+    q_init = q_init.float().cpu()
     model = model.subsample(COARSE_SPLATS) if max(frames.shape[1:3]) <= COARSE_PX else model
     behind = behind_robot(model, frames[:1], q_init[None], camera) if backdrop is None else backdrop
     tracker = start_tracker(model, frames, camera, backdrop=behind, q_init=q_init, seed=seed)
     first = TrackedFrame(q_init, tracker.camera.T_cam_world, torch.zeros_like(q_init), 0.0, "tracked")
     first = replace(tracker.solve(0, [first], q_init, "tracked"), q=q_init)
-    spread = (SPREAD / joint_influence(model).clamp(min=1e-3)).clamp(max=WIDEST) * joint_scale(model.tree)
+    spread = (SPREAD / joint_influence(model.to("cpu")).clamp(min=1e-3)).clamp(max=WIDEST) * joint_scale(model.tree)
     found = [first]
     for index in range(1, len(frames)):
         found.append(best(tracker, index, [found[-1].q, predict(model, found)], found[-1].q, spread))
@@ -69,6 +70,8 @@ def follow(
             behind = behind_robot(model, frames, torch.stack([frame.q for frame in found]), camera)
             tracker = start_tracker(model, frames, camera, backdrop=behind, q_init=q_init, seed=seed)
         found = swept(tracker, found, spread)
+    if tracker.misfits(0, found[0]):
+        found[0] = replace(found[0], state="lost")
     return collected(tracker, found, time.perf_counter() - began, 0.0)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from kinesplat.errors import InputError, ModelFileError, TrainingError
 from kinesplat.files import folder_written_whole, written_whole
 from kinesplat.vision.loading import library
-from kinesplat.vision.video_diffusion import LORA_FOLDER, STABLE, TextSteeredVideo, write_index
+from kinesplat.vision.video_diffusion import LORA_FOLDER, STABLE, Sampling, TextSteeredVideo, write_index
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Layers of the video model that a LoRA changes."""
@@ -111,7 +111,9 @@ def finetune(
     resume: bool = False,
     progress: bool = False,
 ) -> TextSteeredVideo:
-    """Train the video model on clips; text model and autoencoder stay. Runs under ``accelerate launch`` as well.
+    """Train the video model on clips, on its device; text model and autoencoder stay.
+
+    Runs under ``accelerate launch`` as well, with the model on the GPU.
 
     The folder gets the checkpoint and log.csv on the way, and in the end the model: all of it, or the LoRA alone with
     the name of its base; either way with the size of the clips, at which it then draws. Every step draws from a
@@ -167,7 +169,9 @@ class _Run:
     ) -> "_Run":
         accelerate = library("accelerate")
         accelerator = accelerate.Accelerator(
-            mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulation
+            cpu=next(model.unet.parameters()).device.type == "cpu",
+            mixed_precision=settings.precision,
+            gradient_accumulation_steps=settings.accumulation,
         )
         torch.manual_seed(seed)
         if settings.save_memory:
@@ -180,9 +184,9 @@ class _Run:
         model.text_encoder.to(accelerator.device)
         data = _Encoded.of(model, clips)
         unet, optimizer = accelerator.prepare(unet, optimizer)
-        return cls(
-            model, accelerator, unet, optimizer, data, folder, settings, seed, [p.detach().clone() for p in trained]
-        )
+        trained = [p for p in accelerator.unwrap_model(unet).parameters() if p.requires_grad]
+        mean = [p.detach().clone() for p in trained]
+        return cls(model, accelerator, unet, optimizer, data, folder, settings, seed, mean)
 
     @property
     def trained(self) -> dict[str, Tensor]:
@@ -342,7 +346,7 @@ class _Encoded:
         self, model: TextSteeredVideo, settings: FinetuneSettings, generator: torch.Generator, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Arguments of `edm_loss` for random clips."""
-        count, told = settings.batch, model.sampling
+        count = settings.batch
         rows = torch.randint(len(self.latents), (count,), generator=generator)
         latents = self.latents[rows]
         mean, deviation = settings.log_sigma
@@ -353,7 +357,7 @@ class _Encoded:
         blind = (lot >= settings.dropout) & (lot < 3 * settings.dropout)
         first = self.first_latents(model, rows, generator) * ~blind[:, None, None, None]
         prompts = self.prompts[rows] * ~mute[:, None, None]
-        ids = torch.tensor([[told.fps - 1.0, float(told.motion), told.noise]]).expand(count, 3)
+        ids = torch.tensor([_told(model.sampling)]).expand(count, 3)
         parts = (latents, noise, sigma, first, prompts, ids)
         return tuple(part.to(device) for part in parts)  # pyright: ignore[reportReturnType]
 
@@ -361,10 +365,20 @@ class _Encoded:
         self, model: TextSteeredVideo, rows: Int64[Tensor, " b"], generator: torch.Generator
     ) -> Float[Tensor, "b c h w"]:
         """Latents of the first frames as the model is given them: with noise on the pixels, not scaled."""
-        if model.sampling.noise == 0.0:
+        noise = _told(model.sampling)[2]
+        if noise == 0.0:
             return self.latents[rows, 0] / model.vae.config.scaling_factor
         pixels = self.first[rows].float() / 255.0
-        return model.encode(pixels + 0.5 * model.sampling.noise * torch.randn(pixels.shape, generator=generator)).cpu()
+        return model.encode(pixels + 0.5 * noise * torch.randn(pixels.shape, generator=generator)).cpu()
+
+
+def _told(sampling: Sampling) -> tuple[float, float, float]:
+    """What the video model is told beside the sentence: frames per second less one, motion, noise of the picture."""
+    want = sampling.over(STABLE)
+    assert want.fps is not None
+    assert want.motion is not None
+    assert want.noise is not None
+    return want.fps - 1.0, float(want.motion), want.noise
 
 
 def _with_lora(unet: Any, rank: int) -> Any:

@@ -21,6 +21,7 @@ from kinesplat.errors import BackendError, InputError
 from kinesplat.evaluation import table
 from kinesplat.evaluation import trained as trained_models
 from kinesplat.evaluation.kplanes import KPlanesModel
+from kinesplat.imagination.masks import prompt_points
 from kinesplat.inverse import camera_search
 from kinesplat.inverse.lighting import Light
 from kinesplat.inverse.observation import Observation
@@ -115,6 +116,22 @@ def test_reconstruct(work: Work, short: None, known: bool) -> None:
     fit.report()
     fit.to_json()
     assert work.gpu > 0 == work.cpu
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_imagine(work: Work, short: None, known: bool) -> None:
+    """The video's pictures are on the CPU, as a video model gives them."""
+    model = ks.zoo.load("kinearm").subsample(300).to("cuda")
+    q = model.tree.q_canonical.float()
+    camera = Camera.framing(model.posed(q.cuda()).means.cpu(), width=32, height=32)
+    image = model.render(q.cuda(), camera.to("cuda"), outputs=("rgb",)).rgb
+    assert image is not None
+    found = ks.imagine(model, image, "stay", camera, video=[image, image], q_init=q if known else None)
+    assert found.video.device.type == found.q.device.type == "cpu"
+    found.report()
+    assert work.gpu > 0 == work.cpu
+    points, _ = prompt_points(model, q, camera)
+    assert points.device.type == "cpu"
 
 
 def test_calibrate(work: Work, short: None) -> None:

@@ -88,6 +88,16 @@ def test_joints_of_coarse_frames(kinearm: ks.SelfModel, motion: torch.Tensor, vi
     assert found.verdict == "tracked"
 
 
+def test_a_frame_that_shows_no_robot_is_lost(kinearm: ks.SelfModel, motion: torch.Tensor, video: torch.Tensor) -> None:
+    noise = torch.rand(video[:1].shape, generator=torch.Generator().manual_seed(0))
+    arm = kinearm.subsample(500)
+    assert follow(arm, torch.cat([video[:1], noise]), camera(PX), motion[0]).states == ("tracked", "lost")
+    elsewhere = motion[0] + torch.tensor([1.5, 0, 0, 0, 0, 0, 0])
+    table = torch.where(silhouettes(kinearm, motion[:1], camera(PX))[0, ..., None], noise[0], video[0])
+    alone = follow(arm, video[:1], camera(PX), elsewhere, table)
+    assert (alone.states, alone.verdict) == (("lost",), "failed")
+
+
 class Drawn:
     """A video model that knows the answer."""
 
@@ -139,6 +149,13 @@ def test_what_imagine_refuses(kinearm: ks.SelfModel, world: Tabletop, scene: Sce
         ks.imagine(kinearm, video[0], "x", view, video=video, state=world.data(scene))
     with pytest.raises(InputError, match="its camera 24 x 24 px"):
         ks.imagine(kinearm, video[0], "x", view.resized(24, 24), video=video)
+    for broken, words in (
+        ([], "no frame"),
+        ([video[0], video[1, :24]], "frame 1 of the video is 48 x 24 px, the first 48 x 48 px"),
+        ([video[0], 255.0 * video[1]], r"frame 1 of the video: .*expected \[0, 1\]"),
+    ):
+        with pytest.raises(InputError, match=words):
+            ks.imagine(kinearm, video[0], "x", view, video=broken)
     with pytest.raises(InputError, match="fps is 0"):
         ks.imagine(kinearm, video[0], "x", view, video=video, fps=0.0)
 

@@ -160,14 +160,14 @@ def imagine(
     if video is None:
         source = load_video_model(maker.video_model, maker.text_encoder, sampling=_sampling(maker), device=device)
     result = imagine_motion(
-        loaded,
+        loaded.to(device),
         picture,
         prompt,
         view,
         video_model=source,
         video=None if video is None else read_frames(video),
         q_init=None if q_init is None else torch.tensor(q_init),
-        backdrop=_backdrop(loaded, picture, view, q_init, backdrop, stage.segmenter),
+        backdrop=_backdrop(loaded, picture, view, q_init, backdrop, stage.segmenter, device),
         robot=robot,
         state=None if stage.scene is None or robot is None else _state(stage.scene, robot, q_init),
         fps=stage.fps,
@@ -242,13 +242,14 @@ def _backdrop(
     q_init: tuple[float, ...] | None,
     path: Path | None,
     segmenter: str | None,
+    device: torch.device | str,
 ) -> torch.Tensor | None:
     """The scene without the robot, where a file or a segmenter tells it."""
     if path is not None or segmenter is None:
         return None if path is None else read_image(path)
     if q_init is None:
         raise InputError("--segmenter needs --q-init: the self-model at these joints says which points are the robot's")
-    mask = robot_mask(Segmenter.from_pretrained(segmenter), model, picture, torch.tensor(q_init), camera)
+    mask = robot_mask(Segmenter.from_pretrained(segmenter, device=device), model, picture, torch.tensor(q_init), camera)
     rim = 2 * max(1, round(RIM_SHARE * max(mask.shape))) + 1
     wide = torch.nn.functional.max_pool2d(mask[None, None], rim, stride=1, padding=rim // 2)[0]
     return uncovered(picture[None], wide < 0.5)

@@ -51,9 +51,11 @@ def uncovered(
 
 
 def silhouettes(model: SelfModel, q: Float[Tensor, "some dof"], camera: Camera) -> Bool[Tensor, "some height width"]:
-    """Where the robot is in pictures of known joints, a thin rim around it included."""
+    """Where the robot is in pictures of known joints, a thin rim around it included; on the CPU."""
+    device = model.parameters.means.device
     with torch.no_grad():
-        alpha = model.render(q.float(), camera, outputs=("alpha",)).alpha
+        alpha = model.render(q.float().to(device), camera.to(device), outputs=("alpha",)).alpha
     assert alpha is not None
+    alpha = alpha.cpu()
     rim = max(1, round(RIM_SHARE * max(camera.width, camera.height)))
     return torch.nn.functional.max_pool2d(alpha[:, None], 2 * rim + 1, stride=1, padding=rim)[:, 0] > 0.05

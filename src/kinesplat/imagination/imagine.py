@@ -100,8 +100,10 @@ def imagine(
         fps: frames per second of the motion.
         seed: of the video and of the random starts of tracking.
 
+    The self-model renders on its device; pictures and the result are on the CPU.
+
     Raises:
-        InputError: picture, camera, q or prompt are refused; or a state without a robot.
+        InputError: picture, video, camera, q or prompt are refused; or a state without a robot.
         BackendError: the video model's library or weights are absent; says how to get them.
     """
     if state is not None and robot is None:
@@ -111,10 +113,10 @@ def imagine(
     picture = picture_of(image, camera)
     if video is None:
         maker = load_video_model(video_model) if isinstance(video_model, str | Path) else video_model
-        made = maker.generate(picture, prompt, seed=seed)
+        made = maker.generate(picture, prompt, seed=seed).cpu()
         frames = torch.cat([resized(picture, *made.shape[1:3])[None], made[1:]])
     else:
-        frames = torch.stack([_as_float(frame) for frame in video])
+        frames = frames_of(video)
     view = camera.resized(frames.shape[2], frames.shape[1])
     behind = None if backdrop is None else resized(_as_float(backdrop), *frames.shape[1:3])
     if q_init is None:
@@ -141,9 +143,31 @@ def picture_of(image: ImageLike, camera: Camera) -> Float[Tensor, "height width 
     return picture
 
 
+def frames_of(video: Iterable[ImageLike]) -> Float[Tensor, "frames height width 3"]:
+    """Frames of one size as float.
+
+    Raises:
+        InputError: there is none, or one of them is no picture or of another size than the first; says which.
+    """
+    frames: list[Tensor] = []
+    for index, given in enumerate(video):
+        try:
+            frame = _as_float(given)
+        except InputError as error:
+            raise InputError(f"frame {index} of the video: {error}") from error
+        if frames and frame.shape != frames[0].shape:
+            (height, width), (h, w) = frame.shape[:2], frames[0].shape[:2]
+            raise InputError(f"frame {index} of the video is {width} x {height} px, the first {w} x {h} px")
+        frames.append(frame)
+    if not frames:
+        raise InputError("the video has no frame")
+    return torch.stack(frames)
+
+
 def _as_float(image: ImageLike) -> Float[Tensor, "height width 3"]:
     image_shape(image)  # raises on what is no picture
     values = torch.as_tensor(image)
     if values.dim() != 3:
         raise InputError(f"the picture has shape {tuple(values.shape)}; expected (height, width, 3)")
-    return values.float() / 255.0 if values.dtype == torch.uint8 else values.float()
+    values = values.float() / 255.0 if values.dtype == torch.uint8 else values.float()
+    return values.cpu()

@@ -48,8 +48,10 @@ def prompt_points(
     Raises:
         InputError: the camera does not see the robot.
     """
-    alpha = model.render(q.float(), camera, outputs=("alpha",)).alpha
+    device = model.parameters.means.device
+    alpha = model.render(q.float().to(device), camera.to(device), outputs=("alpha",)).alpha
     assert alpha is not None
+    alpha = alpha.cpu()
     inside = (alpha > 0.5).numpy()
     if not inside.any():
         raise InputError("the camera does not see the robot, so no point on it can be given")

@@ -187,6 +187,10 @@ class FakeTapnext(Fake):
 
 
 class FakeAlltracker(Fake):
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)
+        assert options == {"init_weights": False}  # it would fetch those of ConvNeXt
+
     def forward_sliding(
         self, rgbs: Tensor, iters: int, sw: None, is_training: bool
     ) -> tuple[Tensor, Tensor, None, None]:

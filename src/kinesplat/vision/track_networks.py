@@ -63,6 +63,10 @@ def tapir(weights: str | Path | None = None) -> PointTracker:
     """BootsTAPIR in PyTorch (Doersch et al. 2023, 2024; Apache-2.0)."""
     model = _module("tapnet.torch.tapir_model", TAPNET).TAPIR(pyramid_level=1)
     _load(model, _state(_file("tapir", weights)), "tapir")
+    for part, module in model.named_modules():
+        if part.startswith("extra_convs.") and part.endswith(".conv"):
+            # its caller adds to this input in place afterwards, which gradients could not pass
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
     return partial(_tapir, model.eval())
 
 
@@ -80,7 +84,7 @@ def tapnext(weights: str | Path | None = None) -> PointTracker:
 
 def alltracker(weights: str | Path | None = None) -> PointTracker:
     """AllTracker (Harley et al. 2025): flow from the query's frame to every other; it runs both ways, too."""
-    model = _module("nets.alltracker", ALLTRACKER).Net(ALLTRACKER_WINDOW)
+    model = _module("nets.alltracker", ALLTRACKER).Net(ALLTRACKER_WINDOW, init_weights=False)  # or it fetches some
     state = _state(_file("alltracker", weights))
     _load(model, state.get("model", state), "alltracker")
     return _both_ways(partial(_alltracker, model.eval()))

@@ -38,6 +38,14 @@ def unchecked_types() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty cache of the Hugging Face hub, whatever this machine's holds."""
+    for name in ("HF_HUB_CACHE", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+
 @pytest.fixture(scope="session")
 def kinearm() -> SelfModel:
     """The packaged self-model of the project's own arm."""

@@ -71,6 +71,7 @@ def test_gradients_reach_picture_and_weights(segmenter: Segmenter) -> None:
     assert sum(moved) > 0.5 * len(moved)
 
 
+@pytest.mark.usefixtures("no_hub")
 def test_written_and_read(segmenter: Segmenter, tmp_path: Path) -> None:
     segmenter.model.save_pretrained(str(tmp_path / "sam"))
     image, points, on = torch.rand(32, 32, 3), torch.tensor([[16.0, 16.0]]), torch.tensor([True])

@@ -113,6 +113,7 @@ def test_a_text_model_of_another_folder(model: TextSteeredVideo, tmp_path: Path)
     TextSteeredVideo.from_pretrained(tmp_path / "m", tmp_path / "clip")
 
 
+@pytest.mark.usefixtures("no_hub")
 def test_absent_weights_and_broken_folders(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=f"hf download {SVD_XT} --include"):
         load_video_model(SVD_XT)

@@ -12,14 +12,6 @@ transformers = pytest.importorskip("transformers", reason='needs pip install "ki
 TINY: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-@pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An empty cache of the hub."""
-    for name in ("HF_HUB_CACHE", "HF_HOME"):
-        monkeypatch.setenv(name, str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-
-
 def save_tiny(folder: Path) -> Any:
     model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TINY, image_size=16, patch_size=8))
     model.save_pretrained(folder)

@@ -91,7 +91,11 @@ def test_executing_stops_at_the_times_of_the_frames(world: Tabletop) -> None:
     state = world.data(setting)
     q = torch.stack([setting.q_start, setting.q_start + 0.1, setting.q_start])
     q[:, -1] = setting.q_start[-1]
-    times = [state.time for _ in executing(world.robot, q, 0.25, state)]
+    looked: list[int] = []
+    times = [state.time for _ in executing(world.robot, q, 0.25, state, after_step=looked.append)]
+    assert len(looked) == 1 + round(state.time / world.model.opt.timestep)  # after every step, not at frames alone
+    assert looked == sorted(looked)
+    assert set(looked) == {0, 1, 2, 3}
     assert times == pytest.approx([0.0, 0.25, 0.5, 0.5 + SETTLE_S])
     torch.testing.assert_close(joints_of(world.robot, state), q[-1], atol=2e-2, rtol=0)
 

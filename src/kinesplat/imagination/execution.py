@@ -1,6 +1,6 @@
 """From joints over time to motion: what is wrong with a trajectory, and what MuJoCo makes of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,8 @@ class Execution:
         q: ``(frames, dof)`` where the joints were at the frames' times [rad]/[m].
         q_end: ``(dof,)`` where they were half a second after the last.
         error: greatest distance of a hinge from what it was told, at the end [rad].
-        contacts: first frame of every contact of a link with a thing of the scene.
+        contacts: every contact of a link with a thing of the scene: the frame towards which the robot went when it
+            began, even if it ended before that frame's time.
     """
 
     q: Float[Tensor, "frames dof"]
@@ -140,18 +141,31 @@ def execute(robot: Robot, q: Float[Tensor, "frames dof"], seconds: float, state:
         InputError: as `check_trajectory`, or a joint has no position actuator.
     """
     bodies, contacts, reached = robot_bodies(robot, state.model), {}, []
-    for frame in executing(robot, q, seconds, state):
+
+    def touch(frame: int) -> None:
+        for pair in _touching(state, bodies):
+            contacts.setdefault(pair, frame)
+
+    for _ in executing(robot, q, seconds, state, after_step=touch):
         reached.append(joints_of(robot, state))
-        for link, thing in _touching(state, bodies):
-            contacts.setdefault((link, thing), frame)
     hinges = torch.tensor([kind == "hinge" for kind in robot.tree.joint_types])
     off = (reached[-1] - q[-1].double()).abs()[hinges]
     found = tuple((frame, link, thing) for (link, thing), frame in contacts.items())
     return Execution(torch.stack(reached[:-1]), reached[-1], float(off.max()) if len(off) else 0.0, found)
 
 
-def executing(robot: Robot, q: Float[Tensor, "frames dof"], seconds: float, state: mujoco.MjData) -> Iterator[int]:
-    """`execute` frame by frame: yields its number whenever `state` has come to a frame's time, and after settling."""
+def executing(
+    robot: Robot,
+    q: Float[Tensor, "frames dof"],
+    seconds: float,
+    state: mujoco.MjData,
+    after_step: Callable[[int], None] | None = None,
+) -> Iterator[int]:
+    """`execute` frame by frame: yields its number whenever `state` has come to a frame's time, and after settling.
+
+    `after_step` is called with the number of the frame that comes next, at the start and after every step.
+    """
+    look = after_step or (lambda _: None)
     _refuse(robot, q, seconds)
     world = state.model
     joints, actuators = joint_ids(robot, world), _actuators(robot, world)
@@ -160,6 +174,7 @@ def executing(robot: Robot, q: Float[Tensor, "frames dof"], seconds: float, stat
     targets = robot_qpos(robot, q)[:, columns]
     indices = list(actuators.values())
     state.ctrl[indices] = targets[0]
+    look(0)
     yield 0
     steps = max(1, round(seconds / world.opt.timestep))
     settling = max(1, round(SETTLE_S / world.opt.timestep))
@@ -167,9 +182,11 @@ def executing(robot: Robot, q: Float[Tensor, "frames dof"], seconds: float, stat
         for step in range(1, steps + 1):
             state.ctrl[indices] = targets[frame - 1] + step / steps * (targets[frame] - targets[frame - 1])
             mujoco.mj_step(world, state)
+            look(frame)
         yield frame
     for _ in range(settling):
         mujoco.mj_step(world, state)
+        look(len(targets))
     mujoco.mj_forward(world, state)
     yield len(targets)
 

@@ -155,7 +155,14 @@ def test_wan_s_text_to_video_folder_is_run_as_image_to_video(tmp_path: Path) -> 
     frames = video.generate(torch.rand(32, 32, 3), "reach the red block", seed=3)
     assert frames.shape == (5, 32, 32, 3)
     assert 0.0 <= frames.min() <= frames.max() <= 1.0
-    torch.testing.assert_close(video.generate(torch.rand(32, 32, 3), "reach", seed=3).shape, frames.shape)
+    assert video.generate(torch.rand(39, 50, 3), "reach", seed=3).shape == (5, 32, 48, 3)
+
+    def refusing(**_: object) -> None:
+        raise ValueError("no such\nsize")
+
+    refusing.set_progress_bar_config = lambda **_: None  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"refuses 32 x 32 px .*: no such size"):
+        replace(video, pipeline=refusing).generate(torch.rand(32, 32, 3), "reach")
 
 
 def _tiny_wan(folder: Path) -> None:

@@ -58,6 +58,10 @@ class Maker:
     """Of the sampler; default: the model's own, 25 for Stable Video Diffusion."""
     guidance: float | None = None
     """Strength of classifier-free guidance; default: the model's own, 3 for Stable Video Diffusion."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the model's weights; the half-sized ones are for GPUs."""
+    decoded_at_once: int | None = None
+    """Frames; fewer need less memory, but see less of each other."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,10 @@ def imagine(
     make_folder(output)
     source = SVD_XT
     if video is None:
-        source = load_video_model(maker.video_model, maker.text_encoder, sampling=_sampling(maker), device=device)
+        dtype = getattr(torch, maker.dtype)
+        source = load_video_model(
+            maker.video_model, maker.text_encoder, sampling=_sampling(maker), device=device, dtype=dtype
+        )
     result = imagine_motion(
         loaded.to(device),
         picture,
@@ -232,7 +239,8 @@ def finetune_video(
 
 def _sampling(maker: Maker) -> Sampling:
     """What the options ask for."""
-    return Sampling(maker.frames, maker.height, maker.width, maker.steps, maker.guidance, progress=err.is_terminal)
+    size, at_once = (maker.frames, maker.height, maker.width), maker.decoded_at_once
+    return Sampling(*size, maker.steps, maker.guidance, decoded_at_once=at_once, progress=err.is_terminal)
 
 
 def _backdrop(

@@ -31,6 +31,8 @@ INDEX = "model_index.json"
 STABLE_PIPELINE = "StableVideoDiffusionPipeline"
 TRAINED_AT = "_trained_at"
 """Entry of the index that diffusers passes over, as all that begin with an underscore."""
+SCALES = ("scale_factor_spatial", "spatial_compression_ratio", "scale_factor")
+"""How diffusers' pipelines call their autoencoder's factor."""
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 
 
@@ -294,9 +296,16 @@ class PipelineVideo:
             image: ``(height, width, 3)`` in [0, 1].
             prompt: the sentence.
             seed: of the noise.
+
+        The video is as large as asked for, or as the picture, rounded down to what the pipeline's patches divide.
+
+        Raises:
+            InputError: the pipeline refuses picture, size or prompt.
         """
         want = self.sampling
-        height, width = want.height or image.shape[0], want.width or image.shape[1]
+        divisor = _divisor(self.pipeline)
+        sides = (want.height or image.shape[0], want.width or image.shape[1])
+        height, width = (max(divisor, side // divisor * divisor) for side in sides)
         pixels = (resized(image, height, width).clamp(0, 1) * 255.0).round().to(torch.uint8).cpu().numpy()
         wishes = {
             "height": height,
@@ -308,13 +317,17 @@ class PipelineVideo:
         taken = inspect.signature(self.pipeline.__call__).parameters
         given = {name: value for name, value in wishes.items() if value is not None and name in taken}
         self.pipeline.set_progress_bar_config(disable=not want.progress)
-        out = self.pipeline(
-            image=Image.fromarray(pixels),
-            prompt=prompt,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="np",
-            **given,
-        )
+        try:
+            out = self.pipeline(
+                image=Image.fromarray(pixels),
+                prompt=prompt,
+                generator=torch.Generator().manual_seed(seed),
+                output_type="np",
+                **given,
+            )
+        except ValueError as error:
+            name, reason = type(self.pipeline).__name__, " ".join(str(error).split())[:300]
+            raise InputError(f"{name} refuses {width} x {height} px or the prompt {prompt[:60]!r}: {reason}") from error
         return torch.as_tensor(out.frames[0]).float().cpu().clamp(0.0, 1.0)
 
 
@@ -418,6 +431,14 @@ def _image_to_video(diffusers: Any, name: str) -> Any:
         if kind is not None and {"image", "prompt"} <= set(inspect.signature(kind.__call__).parameters):
             return kind
     raise InputError(f"{name} of diffusers makes no video from a picture and a prompt")
+
+
+def _divisor(pipeline: Any) -> int:
+    """What height and width must be multiples of: the autoencoder's factor, times the size of a patch."""
+    scale: Any = next((getattr(pipeline, f"vae_{kind}") for kind in SCALES if hasattr(pipeline, f"vae_{kind}")), 8)
+    network = getattr(pipeline, "transformer", None)
+    patch = network.config.get("patch_size") or 1 if network is not None else 1
+    return int(scale) * int(patch[-1] if isinstance(patch, list | tuple) else patch)
 
 
 def _adapter(unet: Any) -> Any:

@@ -3,13 +3,16 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_video_models import FRAMES, SIZE, tiny_model
 
 from kinesplat.errors import InputError, ModelFileError, TrainingError
-from kinesplat.vision.finetuning import CHECKPOINT, LOG, Clip, FinetuneSettings, finetune
+from kinesplat.vision import finetuning
+from kinesplat.vision.finetuning import CHECKPOINT, LOG, Clip, FinetuneSettings, edm_loss, finetune
 from kinesplat.vision.video_diffusion import Sampling, load_video_model
 
 pytest.importorskip("accelerate")
@@ -44,6 +47,23 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
     assert [row["step"] for row in log_of(tmp_path / "b")] == ["2", "4"]
     read = load_video_model(tmp_path / "b")
     torch.testing.assert_close(weights(read), weights(resumed))
+
+
+def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
+    settings = FinetuneSettings(steps=1, batch=1, accumulation=2, learning_rate=2e-3, lora_rank=None, ema=0.0)
+    drawn: list[torch.Tensor] = []
+
+    def plain(unet: object, *batch: torch.Tensor) -> torch.Tensor:
+        loss = edm_loss(unet, *batch)
+        drawn.append(loss.detach())
+        return loss
+
+    with patch.object(finetuning, "edm_loss", plain):
+        finetune(tiny_model(), clips(), tmp_path, settings)
+    assert len(drawn) == 2
+    assert float(log_of(tmp_path)[0]["loss"]) == pytest.approx(float(sum(drawn)) / 2, rel=1e-3)
+    checkpoint = load_file(str(tmp_path / CHECKPOINT))
+    assert {float(value) for name, value in checkpoint.items() if name.startswith("step:")} == {1.0}
 
 
 def test_saving_memory_changes_nothing_else(tmp_path: Path) -> None:

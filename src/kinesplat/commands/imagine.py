@@ -102,7 +102,7 @@ class Training:
     batch: int = 1
     """Clips a step and GPU."""
     accumulation: int = 1
-    """Steps whose gradients are added up."""
+    """Batches a step, whose gradients are averaged."""
     learning_rate: float = 1e-4
     """Of AdamW."""
     train: Literal["lora", "all"] = "lora"

@@ -4,6 +4,7 @@ import csv
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class FinetuneSettings:
     Attributes:
         steps: optimiser steps in all.
         batch: clips a step and process.
-        accumulation: steps whose gradients are added up before the optimiser moves.
+        accumulation: batches a step, whose gradients are averaged before the optimiser moves.
         learning_rate: of AdamW, after 100 steps of warming up.
         lora_rank: rank of the low-rank update of the attention layers (Hu et al. 2022); None trains all weights.
         dropout: share of the clips without the sentence, another such share without the first frame, and another
@@ -171,7 +172,6 @@ class _Run:
         accelerator = accelerate.Accelerator(
             cpu=next(model.unet.parameters()).device.type == "cpu",
             mixed_precision=settings.precision,
-            gradient_accumulation_steps=settings.accumulation,
         )
         torch.manual_seed(seed)
         if settings.save_memory:
@@ -212,28 +212,31 @@ class _Run:
         self.finished = done >= settings.steps or step + 1 == settings.steps
 
     def step(self, step: int) -> float:
-        """One batch; the optimiser moves when enough gradients have been added up."""
+        """One step of the optimiser, by the gradients of one batch or of several added up; gives their mean loss."""
         settings, device = self.settings, self.accelerator.device
         process = self.accelerator.process_index
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_009 + process)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * min(1.0, (step + 1) / 100)
-        with self.accelerator.accumulate(self.unet):
+        total = 0.0
+        for part in range(settings.accumulation):
+            last = part + 1 == settings.accumulation
             batch = self.data.draw(self.model, settings, generator, device)
-            with self.accelerator.autocast():
-                loss = edm_loss(self.unet, *batch)
-            if not torch.isfinite(loss):
-                raise TrainingError(f"step {step}: the loss is {loss.item()}; the last checkpoint is kept")
-            self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.unet.parameters(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            with nullcontext() if last else self.accelerator.no_sync(self.unet):
+                with self.accelerator.autocast():
+                    loss = edm_loss(self.unet, *batch) / settings.accumulation
+                if not torch.isfinite(loss):
+                    raise TrainingError(f"step {step}: the loss is {loss.item()}; the last checkpoint is kept")
+                self.accelerator.backward(loss)
+            total += loss.item()
+        self.accelerator.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         with torch.no_grad():
             decay = min(settings.ema, (1 + step) / (10 + step))
             for mean, now in zip(self.mean, self.trained.values(), strict=True):
                 mean.lerp_(now.to(mean.device), 1.0 - decay)
-        return loss.item()
+        return total
 
     def save(self, step: int, loss: float, seconds: float) -> None:
         """Checkpoint and a line of the log."""

@@ -72,6 +72,20 @@ def test_gradients_reach_picture_and_weights(segmenter: Segmenter) -> None:
 
 
 @pytest.mark.usefixtures("no_hub")
+def test_points_reach_the_model_where_they_are(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its prompt encoder embeds is the point in the model's own picture, the middle of a pixel at +0.5."""
+    seen: list[torch.Tensor] = []
+    embed = type(segmenter.model.prompt_encoder.shared_embedding).forward
+    monkeypatch.setattr(
+        type(segmenter.model.prompt_encoder.shared_embedding),
+        "forward",
+        lambda self, points, shape=None: seen.append(points) or embed(self, points, shape),
+    )
+    segmenter.mask(torch.rand(64, 32, 3), torch.tensor([[8.0, 16.0], [1.0, 63.0]]), torch.tensor([True, False]))
+    prompts = next(points for points in seen if points.shape[-2:] == (3, 2))  # and one that is none
+    torch.testing.assert_close(prompts[0, 0, :2], torch.tensor([[32.0, 32.0], [4.0, 126.0]]))
+
+
 def test_written_and_read(segmenter: Segmenter, tmp_path: Path) -> None:
     segmenter.model.save_pretrained(str(tmp_path / "sam"))
     image, points, on = torch.rand(32, 32, 3), torch.tensor([[16.0, 16.0]]), torch.tensor([True])

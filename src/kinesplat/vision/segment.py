@@ -13,6 +13,8 @@ from kinesplat.vision.loading import library, pretrained
 
 SAM_2 = "facebook/sam2.1-hiera-tiny"
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PIXEL_CENTRE = 0.5
+"""What transformers adds to points itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +46,8 @@ class Segmenter:
     ) -> Float[Tensor, "height width"]:
         """How sure each pixel belongs to what the points are on, differentiable: positive where it does.
 
-        Of the model's proposals it is the one that the model itself thinks best.
+        One point can mean a part or the whole: of the proposals for it, the one that the model itself thinks best.
+        Several points ask for one mask.
 
         Args:
             image: ``(height, width, 3)`` in [0, 1].
@@ -65,9 +68,9 @@ class Segmenter:
         )
         out = self.model(
             pixel_values=planes.to(device),
-            input_points=(points.float() / size * side)[None, None].to(device),
+            input_points=(points.float() / size * side - PIXEL_CENTRE)[None, None].to(device),
             input_labels=on.long()[None, None].to(device),
-            multimask_output=True,
+            multimask_output=len(points) == 1,
         )
         best = out.iou_scores[0, 0].argmax()
         masks = out.pred_masks[0, 0, best][None, None].float()

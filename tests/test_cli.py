@@ -119,7 +119,20 @@ def test_models_lists_the_packaged_ones_and_their_joints() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "build", "inspect", "render", "reconstruct", "retarget", "text", "models", "benchmark"]
+    "command",
+    [
+        "demo",
+        "build",
+        "inspect",
+        "render",
+        "reconstruct",
+        "retarget",
+        "text",
+        "models",
+        "benchmark",
+        "imagine",
+        "finetune-video",
+    ],
 )
 def test_every_command_explains_itself(command: str) -> None:
     result = kinesplat(command, "--help")

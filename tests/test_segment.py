@@ -86,6 +86,7 @@ def test_points_reach_the_model_where_they_are(segmenter: Segmenter, monkeypatch
     torch.testing.assert_close(prompts[0, 0, :2], torch.tensor([[32.0, 32.0], [4.0, 126.0]]))
 
 
+@pytest.mark.usefixtures("no_hub")
 def test_written_and_read(segmenter: Segmenter, tmp_path: Path) -> None:
     segmenter.model.save_pretrained(str(tmp_path / "sam"))
     image, points, on = torch.rand(32, 32, 3), torch.tensor([[16.0, 16.0]]), torch.tensor([True])

@@ -114,6 +114,7 @@ def test_a_text_model_of_another_folder(model: TextSteeredVideo, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("no_hub")
+@pytest.mark.usefixtures("no_hub")
 def test_absent_weights_and_broken_folders(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=f"hf download {SVD_XT} --include"):
         load_video_model(SVD_XT)

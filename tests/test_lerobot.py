@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kinesplat.errors import DatasetError, InputError
-from kinesplat.imagination.lerobot import PICTURE, STATE, Episode, read_episodes, write_episodes
+from kinesplat.imagination.lerobot import PICTURE, STATE, Episode, _picture, read_episodes, write_episodes
 from kinesplat.video import read_clip, write_video
 
 pa = pytest.importorskip("pyarrow")
@@ -146,6 +146,9 @@ def test_broken_data_sets(tmp_path: Path) -> None:
     (tmp_path / "d" / "meta" / "tasks.jsonl").write_text("")
     with pytest.raises(DatasetError, match="no sentence"):
         next(read_episodes(tmp_path / "d"))
+    for cell in ({"bytes": b"half a PNG"}, {"bytes": None}, {"path": "x"}):
+        with pytest.raises(DatasetError, match="a picture of an episode cannot be read"):
+            _picture(cell)
     next((tmp_path / "d" / "data").rglob("*.parquet")).write_bytes(b"PAR1")
     with pytest.raises(DatasetError, match="cannot be read"):
         next(read_episodes(tmp_path / "d"))

@@ -180,8 +180,11 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _picture(cell: Mapping[str, Any]) -> UInt8[Tensor, "height width 3"]:
-    with Image.open(io.BytesIO(cell["bytes"])) as image:
-        return torch.from_numpy(np.array(image.convert("RGB")))
+    try:
+        with Image.open(io.BytesIO(cell["bytes"])) as image:
+            return torch.from_numpy(np.array(image.convert("RGB")))
+    except (OSError, KeyError, TypeError, SyntaxError) as error:
+        raise DatasetError(f"a picture of an episode cannot be read ({error})") from error
 
 
 def _png(frame: UInt8[Tensor, "height width 3"]) -> bytes:

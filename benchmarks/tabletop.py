@@ -32,7 +32,8 @@ from kinesplat.imagination.lerobot import Episode, read_episodes, write_episodes
 from kinesplat.imagination.tabletop import COLOURS, Q_START, Scene, Tabletop, TabletopPictures, instruction
 from kinesplat.video import write_video
 from kinesplat.vision.finetuning import FinetuneSettings, finetune
-from kinesplat.vision.video_diffusion import Sampling, TextSteeredVideo
+from kinesplat.vision.video_diffusion import TextSteeredVideo
+from kinesplat.vision.video_pipelines import Sampling
 
 SIZE, FRAMES, SECONDS = 48, 10, 2.0
 EPISODES, SCENES, SCENE_SEED = 300, 12, 100_000

@@ -13,7 +13,8 @@ from tiny_video_models import FRAMES, SIZE, tiny_model
 from kinesplat.errors import InputError, ModelFileError, TrainingError
 from kinesplat.vision import finetuning
 from kinesplat.vision.finetuning import CHECKPOINT, LOG, Clip, FinetuneSettings, edm_loss, finetune
-from kinesplat.vision.video_diffusion import Sampling, load_video_model
+from kinesplat.vision.video_diffusion import load_video_model
+from kinesplat.vision.video_pipelines import Sampling
 
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")

@@ -13,13 +13,10 @@ from kinesplat.vision import video_diffusion
 from kinesplat.vision.finetuning import edm_loss
 from kinesplat.vision.video_diffusion import (
     OPEN_CLIP_H,
-    SVD_XT,
-    PipelineVideo,
-    Sampling,
     TextSteeredVideo,
-    VideoModel,
     load_video_model,
 )
+from kinesplat.vision.video_pipelines import SVD_XT, PipelineVideo, Sampling, VideoModel
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")  # theirs

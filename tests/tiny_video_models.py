@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from kinesplat.vision.video_diffusion import Sampling, TextSteeredVideo
+from kinesplat.vision.video_diffusion import TextSteeredVideo
+from kinesplat.vision.video_pipelines import Sampling
 
 SIZE, FRAMES = 16, 3
 

@@ -36,7 +36,8 @@ from kinesplat.self_model import SelfModel
 from kinesplat.video import read_frames, write_video
 from kinesplat.vision.finetuning import FinetuneSettings, finetune
 from kinesplat.vision.segment import Segmenter
-from kinesplat.vision.video_diffusion import SVD_XT, Sampling, TextSteeredVideo, load_video_model
+from kinesplat.vision.video_diffusion import TextSteeredVideo, load_video_model
+from kinesplat.vision.video_pipelines import SVD_XT, Sampling
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from kinesplat.inverse.observation import ImageLike, image_shape
 from kinesplat.inverse.track import track
 from kinesplat.inverse.track_result import TrackResult
 from kinesplat.self_model import SelfModel
-from kinesplat.vision.video_diffusion import SVD_XT, VideoModel, load_video_model, resized
+from kinesplat.vision.video_diffusion import load_video_model
+from kinesplat.vision.video_pipelines import SVD_XT, VideoModel, resized
 
 FPS = 7.0
 

@@ -23,7 +23,7 @@ from kinesplat.files import folder_written_whole
 from kinesplat.video import read_clip
 from kinesplat.vision.finetuning import Clip
 from kinesplat.vision.loading import library
-from kinesplat.vision.video_diffusion import resized
+from kinesplat.vision.video_pipelines import resized
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 PICTURE, STATE = "observation.images.image", "observation.state"

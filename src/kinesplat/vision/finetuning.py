@@ -17,7 +17,8 @@ from torch import Tensor
 from kinesplat.errors import InputError, ModelFileError, TrainingError
 from kinesplat.files import folder_written_whole, written_whole
 from kinesplat.vision.loading import library
-from kinesplat.vision.video_diffusion import LORA_FOLDER, STABLE, Sampling, TextSteeredVideo, write_index
+from kinesplat.vision.video_diffusion import LORA_FOLDER, STABLE, TextSteeredVideo, write_index
+from kinesplat.vision.video_pipelines import Sampling
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Layers of the video model that a LoRA changes."""
@@ -46,11 +47,10 @@ class FinetuneSettings:
     Attributes:
         steps: optimiser steps in all.
         batch: clips a step and process.
-        accumulation: batches a step, whose gradients are averaged before the optimiser moves.
+        accumulation: batches a step, whose gradients are averaged.
         learning_rate: of AdamW, after 100 steps of warming up.
         lora_rank: rank of the low-rank update of the attention layers (Hu et al. 2022); None trains all weights.
-        dropout: share of the clips without the sentence, another such share without the first frame, and another
-            without either, which classifier-free guidance needs.
+        dropout: share of clips without sentence, as many without first frame, as many without both, for guidance.
         log_sigma: mean and standard deviation of the logarithm of the noise; those of Stable Video Diffusion.
         ema: decay of the running mean of the weights, which is what is kept in the end; 0 keeps the last.
         precision: "no", "bf16" or "fp16", as accelerate has it.
@@ -114,11 +114,10 @@ def finetune(
 ) -> TextSteeredVideo:
     """Train the video model on clips, on its device; text model and autoencoder stay.
 
-    Runs under ``accelerate launch`` as well, with the model on the GPU.
-
-    The folder gets the checkpoint and log.csv on the way, and in the end the model: all of it, or the LoRA alone with
-    the name of its base; either way with the size of the clips, at which it then draws. Every step draws from a
-    generator of its own, so a resumed run goes the way of a run that was never stopped.
+    Runs under ``accelerate launch`` as well, with the model on the GPU. The folder gets the checkpoint and log.csv on
+    the way, and in the end the model: all of it, or the LoRA alone with the name of its base; either way with the size
+    of the clips, at which it then draws. Every step draws from a generator of its own, so a resumed run goes the way
+    of a run that was never stopped.
 
     Args:
         model: what to start from; its video model is changed.
@@ -178,8 +177,7 @@ class _Run:
             model.unet.enable_gradient_checkpointing()
         unet = model.unet if settings.lora_rank is None else _with_lora(model.unet, settings.lora_rank)
         unet.train()
-        trained = [p for p in unet.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate)
+        optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=settings.learning_rate)
         model.vae.to(accelerator.device)
         model.text_encoder.to(accelerator.device)
         data = _Encoded.of(model, clips)

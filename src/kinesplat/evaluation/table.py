@@ -215,6 +215,7 @@ def _model_row(
     seconds, device, many = 0.0, _device_of(model), has_many_lights(frames)
 
     def draw(row: int) -> tuple[Picture, Mask]:
+        """Picture ``(height, width, 3)`` and mask ``(height, width)`` of a row of the data set; keeps the time [s]."""
         nonlocal seconds
         view = frames.select([row]).camera
         camera = Camera(view.K[0].float(), view.T_cam_world[0].float(), view.width, view.height).to(device)

@@ -167,11 +167,9 @@ class _Run:
     def start(
         cls, model: TextSteeredVideo, clips: Sequence[Clip], folder: Path, settings: FinetuneSettings, seed: int
     ) -> "_Run":
-        accelerate = library("accelerate")
-        accelerator = accelerate.Accelerator(
-            cpu=next(model.unet.parameters()).device.type == "cpu",
-            mixed_precision=settings.precision,
-        )
+        """Model, optimiser and encoded clips where the model lies, before the first step."""
+        on_cpu = next(model.unet.parameters()).device.type == "cpu"
+        accelerator = library("accelerate").Accelerator(cpu=on_cpu, mixed_precision=settings.precision)
         torch.manual_seed(seed)
         if settings.save_memory:
             model.unet.enable_gradient_checkpointing()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -196,3 +197,13 @@ def test_the_installed_program_runs() -> None:
     assert result.returncode == 2
     assert result.stderr.startswith("kinesplat: unknown model 'nobody'")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_gets_no_traceback() -> None:
+    read, write = os.pipe()
+    os.close(read)  # as `kinesplat --help | head -1` does, only at once
+    command = [sys.executable, "-c", "from kinesplat.cli import main; main()", "evaluate", "--help"]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(write)
+    assert ended.returncode == 1
+    assert ended.stderr == ""

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -26,6 +27,7 @@ from kinesplat.commands.track import track
 from kinesplat.commands.train import train
 from kinesplat.errors import KinesplatError
 
+EXIT_UNREAD = 1
 COMMANDS = (
     demo,
     build,
@@ -65,7 +67,16 @@ def _bound(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
 
 
 def main() -> None:
-    """Entry point: 0 on success, 2 with one line on bad usage or input, 130 when interrupted."""
+    """Entry point: 0 on success, 2 with one line on bad usage or input, 130 when interrupted, 1 if nobody reads on."""
+    try:
+        _main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
+        sys.exit(EXIT_UNREAD)
+
+
+def _main() -> None:
     usage = io.StringIO()
     try:
         with redirect_stderr(usage):

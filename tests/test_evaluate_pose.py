@@ -80,6 +80,65 @@ def test_reading(arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, ks.Camer
     assert perfect.joint_error_mean_rad < 1e-6
 
 
+def real_style(folder: Path, unit: float, named: bool, sizes: str) -> None:
+    """The folder as recordings and the exporter lay it out: their keys and order, and what belongs to other objects."""
+    for path in sorted(folder.glob("0*.json")):
+        data = json.loads(path.read_text())
+        keypoints = data["objects"][0]["keypoints"]
+        for point in keypoints:
+            point["location"] = [unit * v for v in point["location"]]
+        joints = (
+            data["sim_state"]["joints"] if named else [{"position": j["position"]} for j in data["sim_state"]["joints"]]
+        )
+        arm = {
+            "class": "arm",
+            "instance_id": 15578836,
+            "visibility": 1,
+            "location": keypoints[0]["location"],
+            "quaternion_xyzw": [0.5, -0.5, 0.5, -0.5],
+            "pose_transform": [[0, 0, 1, 0], [1, 0, 0, 0], [0, -1, 0, 0], [*keypoints[0]["location"], 1]],
+            "cuboid_centroid": keypoints[1]["location"],
+            "projected_cuboid_centroid": keypoints[1]["projected_location"],
+            "bounding_box": {"top_left": [1.0, 2.0], "bottom_right": [40.0, 50.0]},
+            "keypoints": list(reversed(keypoints)) if path.stem == "000002" else keypoints,
+        }
+        table = {"class": "table", "visibility": 0.5, "location": [0.0, 0.0, 1.0], "keypoints": []}
+        camera = {"location_worldframe": [166.5, 64.8, 199.0], "quaternion_xyzw_worldframe": [0.4, 0.08, -0.9, 0.17]}
+        path.write_text(
+            json.dumps({"camera_data": camera, "objects": [table, arm], "sim_state": {"joints": joints}}, indent="\t")
+        )
+    settings = json.loads((folder / "_camera_settings.json").read_text())["camera_settings"][0]
+    size, inner = settings["captured_image_size"], settings["intrinsic_settings"]
+    if sizes == "old exporter":
+        entry = {"name": "Viewpoint", "horizontal_fov": 90, "intrinsic_settings": {"resX": size["width"], **inner}}
+        entry["intrinsic_settings"]["resY"] = size["height"]
+    else:
+        entry = {"id": "", "name": "", "intrinsic_settings": {**inner, "hfov": 90, "resolution": size}}
+    (folder / "_camera_settings.json").write_text(json.dumps({"camera_settings": [entry]}, indent="\t"))
+
+
+@pytest.mark.parametrize(
+    ("unit", "named", "sizes"), [(0.01, True, "recording"), (1.0, False, "old exporter"), (0.01, False, "recording")]
+)
+def test_reading_what_others_write(
+    unit: float, named: bool, sizes: str, arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, ks.Camera]
+) -> None:
+    """Metres or centimetres, joints with names or in order, keypoints in any order, another object first."""
+    folder, q, camera = recorded
+    real_style(folder, unit, named, sizes)
+    sequence = PoseSequence.read(folder, arm.tree)
+    assert torch.allclose(sequence.q, q)
+    assert (sequence.width, sequence.height) == (camera.width, camera.height)
+    assert pose_errors(arm.tree, sequence, q, camera.T_cam_world).add_mm < 0.01
+
+
+def test_keypoints_of_another_robot(arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, ks.Camera]) -> None:
+    folder, _, _ = recorded
+    real_style(folder, 0.1, True, "recording")
+    with pytest.raises(InputError, match="neither metres nor centimetres fit"):
+        PoseSequence.read(folder, arm.tree)
+
+
 def test_errors_have_closed_forms(arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, ks.Camera]) -> None:
     folder, q, camera = recorded
     sequence = PoseSequence.read(folder, arm.tree)

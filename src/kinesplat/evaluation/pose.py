@@ -1,8 +1,10 @@
 """Pose-estimation benchmarks in the DREAM (NDDS) format: reader, per-joint errors, ADD and its area under the curve.
 
 A folder is one video: ``_camera_settings.json`` with the intrinsics, and for every frame ``NNNNNN.json`` beside
-``NNNNNN.rgb.jpg`` (or .png): joint positions in ``sim_state.joints`` [rad]/[m] and, in ``objects[0].keypoints``, the
-origins of some links in the camera's frame, in metres (real recordings) or centimetres (synthetic ones).
+``NNNNNN.rgb.jpg`` (or .png): joint positions in ``sim_state.joints`` [rad]/[m], with or without names, and, in the
+``keypoints`` of one of the ``objects``, the origins of some links in the camera's frame, in metres (real recordings) or
+centimetres (synthetic ones: the unit of the engine that NDDS plugs into). Which of the two it is follows from the
+robot's own size. Everything else is left unread: ``camera_data`` (the engine's left-handed world), quaternions, boxes.
 """
 
 import json
@@ -20,7 +22,8 @@ from kinesplat.errors import InputError
 from kinesplat.kinematics import KinematicTree
 
 AUC_LIMIT_M = 0.1
-CENTIMETRES_BEYOND = 20.0
+UNITS = {"metres": 1.0, "centimetres": 0.01}
+UNIT_TOLERANCE = 1.5
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class PoseSequence:
     def read(cls, folder: Path, tree: KinematicTree) -> "PoseSequence":
         """Read a folder for a robot; names of joints and links match with or without a prefix as in "panda_joint1".
 
+        Joints without names count in the robot's order; the first object with a keypoint on the robot is the robot.
+
         Raises:
             InputError: something is missing, broken, or fits no joint or link of the robot.
         """
@@ -60,7 +65,7 @@ class PoseSequence:
         files = sorted(p for p in folder.glob("*.json") if p.stem.isdigit())
         if not files:
             raise InputError(f"{folder} holds no frame (NNNNNN.json)")
-        frames = [_frame(path) for path in files]
+        frames = [_frame(path, tree) for path in files]
         joints = match_names([joint["name"] for joint in frames[0][0]], tree.joint_names)
         links = match_names([point["name"] for point in frames[0][1]], tree.link_names)
         if not joints or not links:
@@ -68,16 +73,16 @@ class PoseSequence:
             raise InputError(f"{files[0]}: no {kind} of the robot is annotated; it has {', '.join(valid)}")
         q = tree.q_canonical.float().repeat(len(files), 1)
         keypoints = torch.zeros(len(files), len(links), 3)
-        for i, (angles, points) in enumerate(frames):
+        for i, frame in enumerate(frames):
             try:
+                angles, points = ({entry["name"]: entry for entry in entries} for entries in frame)
                 for source, target in joints.items():
-                    q[i, target] = float(angles[source]["position"])
+                    q[i, target] = float(angles[frames[0][0][source]["name"]]["position"])
                 for column, source in enumerate(links):
-                    keypoints[i, column] = torch.tensor(points[source]["location"])
-            except (IndexError, KeyError, TypeError, ValueError) as error:
+                    keypoints[i, column] = torch.tensor(points[frames[0][1][source]["name"]]["location"])
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise InputError(f"{files[i]}: a joint or keypoint of the first frame is missing ({error})") from error
-        if keypoints[..., 2].median() > CENTIMETRES_BEYOND:
-            keypoints = 0.01 * keypoints
+        keypoints = keypoints * _unit(tree, q, keypoints, tuple(links.values()), folder)
         annotated = torch.zeros(tree.dof, dtype=torch.bool)
         annotated[list(joints.values())] = True
         images = tuple(_image_of(path) for path in files)
@@ -172,7 +177,7 @@ def read_intrinsics(path: Path) -> tuple[Float[Tensor, "3 3"], int, int]:
     try:
         entry = json.loads(path.read_text())["camera_settings"][0]
         s = entry["intrinsic_settings"]
-        size = entry.get("captured_image_size") or s["resolution"]
+        size = entry.get("captured_image_size") or s.get("resolution") or {"width": s["resX"], "height": s["resY"]}
         K = [[s["fx"], s.get("s", 0.0), s["cx"]], [0.0, s["fy"], s["cy"]], [0.0, 0.0, 1.0]]
         return torch.tensor(K, dtype=torch.float32), int(size["width"]), int(size["height"])
     except OSError as error:
@@ -192,15 +197,42 @@ def match_names(given: Sequence[str], valid: Sequence[str]) -> dict[int, int]:
     return found
 
 
-def _frame(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Joints and keypoints of one frame."""
+def _frame(path: Path, tree: KinematicTree) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Joints and keypoints of one frame; joints without names get those of the robot."""
     try:
         data = json.loads(path.read_text())
-        return data["sim_state"]["joints"], data["objects"][0]["keypoints"]
+        joints, objects = data["sim_state"]["joints"], [o["keypoints"] for o in data["objects"] if "keypoints" in o]
+        if not any("name" in joint for joint in joints):
+            joints = [{**joint, "name": name} for joint, name in zip(joints, tree.joint_names, strict=False)]
+        own = [points for points in objects if match_names([point["name"] for point in points], tree.link_names)]
+        return joints, (own or objects)[0]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: no NDDS annotation ({error!r})") from error
+        raise InputError(f"{path}: no NDDS annotation of joints and keypoints ({error!r})") from error
+
+
+def _unit(
+    tree: KinematicTree,
+    q: Float[Tensor, "frames dof"],
+    keypoints: Float[Tensor, "frames keypoints 3"],
+    links: tuple[int, ...],
+    folder: Path,
+) -> float:
+    """Metres per unit of the keypoints: as far apart as the links are at the annotated joints, within half as much.
+
+    Raises:
+        InputError: neither unit makes them so, or all keypoints coincide.
+    """
+    expected = tree.forward_kinematics(q)[:, list(links), :3, 3].float()
+    sizes = [(p - p.mean(dim=1, keepdim=True)).norm(dim=-1).mean(dim=1).median().item() for p in (expected, keypoints)]
+    for metres in UNITS.values():
+        if expected.shape[1] == 1 or sizes[0] / UNIT_TOLERANCE < metres * sizes[1] < sizes[0] * UNIT_TOLERANCE:
+            return metres
+    raise InputError(
+        f"{folder}: the keypoints are {sizes[1]:.3g} off their middle where the robot's are {sizes[0]:.3g} m; "
+        f"neither {' nor '.join(UNITS)} fit: is it another robot?"
+    )
 
 
 def _image_of(path: Path) -> Path:

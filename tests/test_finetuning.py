@@ -12,8 +12,9 @@ from tiny_video_models import FRAMES, SIZE, tiny_model
 
 from kinesplat.errors import InputError, ModelFileError, TrainingError
 from kinesplat.vision import finetuning
-from kinesplat.vision.finetuning import CHECKPOINT, LOG, Clip, FinetuneSettings, edm_loss, finetune
-from kinesplat.vision.video_diffusion import load_video_model
+from kinesplat.vision.finetuning import CHECKPOINT, LOG, FinetuneSettings, edm_loss, finetune, steps_done
+from kinesplat.vision.video_clips import Clip
+from kinesplat.vision.video_diffusion import TextSteeredVideo, load_video_model
 from kinesplat.vision.video_pipelines import Sampling
 
 pytest.importorskip("accelerate")
@@ -26,7 +27,7 @@ def clips(count: int = 3) -> list[Clip]:
     generator = torch.Generator().manual_seed(0)
     shape = (FRAMES, SIZE, SIZE, 3)
     frames = [torch.randint(256, shape, dtype=torch.uint8, generator=generator) for _ in range(count)]
-    return [Clip(f, f"clip {'abc'[i]}") for i, f in enumerate(frames)]
+    return [Clip(f, f"clip {'abc'[i]}", 7.0) for i, f in enumerate(frames)]
 
 
 def weights(model: object) -> torch.Tensor:
@@ -103,29 +104,64 @@ def test_a_lora_changes_attention_alone_and_is_read_onto_its_base(tmp_path: Path
 def test_a_model_draws_at_what_it_was_trained_at(tmp_path: Path, rank: int | None) -> None:
     base = tiny_model()
     base.save_pretrained(tmp_path / "base")
-    base = replace(base, sampling=Sampling(steps=2, fps=4, noise=0.0, guidance=1.0))
-    odd = [Clip(torch.randint(256, (2, 24, 32, 3), dtype=torch.uint8), "wave")]
+    base = replace(base, sampling=Sampling(steps=2, fps=4.0, noise=0.0, guidance=1.0))
+    odd = [Clip(torch.randint(256, (2, 24, 32, 3), dtype=torch.uint8), "wave", 2.5)]
     settings = FinetuneSettings(steps=1, lora_rank=rank)
     tuned = finetune(base, odd, tmp_path / "tuned", settings, base=str(tmp_path / "base"))
     read = load_video_model(tmp_path / "tuned")
-    assert read.sampling == tuned.sampling == Sampling(2, 24, 32, 2, 1.0, 4, 127, 0.0)
+    assert read.sampling == tuned.sampling == Sampling(2, 24, 32, 2, 1.0, 2.5, 127, 0.0)
+    assert read.fps == 2.5  # of the clips, whatever the model was told before
     if rank is None:
         assert read.generate(torch.rand(16, 16, 3), "wave").shape == (2, 24, 32, 3)
     other = load_video_model(tmp_path / "tuned", sampling=Sampling(frames=3, width=16))
     assert other.sampling == replace(read.sampling, frames=3, width=16)
 
 
-def test_a_stop_after_minutes_leaves_a_checkpoint_and_no_model(tmp_path: Path) -> None:
-    finetune(tiny_model(), clips(), tmp_path, FinetuneSettings(**{**FULL.__dict__, "minutes": 0.0}))
-    assert (tmp_path / CHECKPOINT).is_file()
-    assert not (tmp_path / "unet").exists()
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_stop_after_minutes_leaves_the_model_as_it_stands_and_goes_on(tmp_path: Path, rank: int | None) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    settings = replace(FULL, lora_rank=rank)
+    short, base = replace(settings, minutes=0.0), str(tmp_path / "base")
+    assert steps_done(tmp_path / "out") == 0
+    for done in (1, 2):
+        stopped = finetune(tiny_model(), clips(), tmp_path / "out", short, base=base, resume=True)
+        assert steps_done(tmp_path / "out") == done
+        torch.testing.assert_close(weights(load_video_model(tmp_path / "out")), weights(stopped), rtol=1e-5, atol=1e-6)
+    ended = finetune(tiny_model(), clips(), tmp_path / "out", settings, base=base, resume=True)
+    never_stopped = finetune(tiny_model(), clips(), tmp_path / "other", settings, base=base)
+    torch.testing.assert_close(weights(ended), weights(never_stopped), rtol=0, atol=1e-6)
+    assert steps_done(tmp_path / "out") == FULL.steps
+
+
+def test_a_lora_is_read_with_the_text_model_that_it_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    other = tiny_model(seed=1)
+    for part in ("text_encoder", "tokenizer"):
+        getattr(other, part).save_pretrained(tmp_path / "words" / part)
+    monkeypatch.chdir(tmp_path)
+    base = TextSteeredVideo.from_pretrained("base", "words")
+    finetune(base, clips(), "lora", FinetuneSettings(steps=1, lora_rank=2), base="base")
+    monkeypatch.chdir(tmp_path / "words")
+    read = load_video_model(tmp_path / "lora")
+    assert isinstance(read, TextSteeredVideo)
+    torch.testing.assert_close(read.embed(["wave"]), other.embed(["wave"]))
+    assert (read.embed(["wave"]) - tiny_model().embed(["wave"])).abs().max() > 1e-3
+    given = load_video_model(tmp_path / "lora", tmp_path / "base")
+    assert isinstance(given, TextSteeredVideo)
+    torch.testing.assert_close(given.embed(["wave"]), tiny_model().embed(["wave"]))
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no clip"):
         finetune(tiny_model(), [], tmp_path, FULL)
     with pytest.raises(InputError, match="one"):
-        finetune(tiny_model(), [*clips(1), Clip(torch.zeros(FRAMES, 8, 8, 3, dtype=torch.uint8), "x")], tmp_path, FULL)
+        finetune(
+            tiny_model(), [*clips(1), Clip(torch.zeros(FRAMES, 8, 8, 3, dtype=torch.uint8), "x", 7.0)], tmp_path, FULL
+        )
+    with pytest.raises(InputError, match="7 to 8 frames per second"):
+        finetune(tiny_model(), [*clips(1), replace(clips(1)[0], fps=8.0)], tmp_path, FULL)
     with pytest.raises(InputError, match="base="):
         finetune(tiny_model(), clips(), tmp_path)
     (tmp_path / CHECKPOINT).write_bytes(b"half a file")

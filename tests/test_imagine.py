@@ -101,8 +101,9 @@ def test_a_frame_that_shows_no_robot_is_lost(kinearm: ks.SelfModel, motion: torc
 class Drawn:
     """A video model that knows the answer."""
 
-    def __init__(self, frames: torch.Tensor) -> None:
+    def __init__(self, frames: torch.Tensor, fps: float) -> None:
         self.frames = frames
+        self.fps = fps
         self.asked: list[tuple[tuple[int, ...], str, int]] = []
 
     def generate(self, image: torch.Tensor, prompt: str, *, seed: int = 0) -> torch.Tensor:
@@ -113,7 +114,7 @@ class Drawn:
 def test_a_sentence_becomes_motion(
     kinearm: ks.SelfModel, world: Tabletop, scene: Scene, motion: torch.Tensor, video: torch.Tensor
 ) -> None:
-    maker = Drawn(video[:2].clone())
+    maker = Drawn(video[:2].clone(), 4.0)
     maker.frames[0] = 0.0  # what a model makes of the first frame is not used: the picture is
     motion, video = motion[:2], video[:2]
     big = torch.nn.functional.interpolate(video[0].movedim(-1, 0)[None], (96, 72))[0].movedim(0, -1)
@@ -127,9 +128,9 @@ def test_a_sentence_becomes_motion(
         q_init=motion[0],
         robot=world.robot,
         state=state,
-        fps=4.0,
         seed=3,
     )
+    assert result.seconds == 0.25  # the video model's own
     assert maker.asked == [((96, 72, 3), "reach the red block", 3)]
     assert (result.video[0] - video[0]).abs().mean() < 0.03
     assert (result.q - motion)[:, :3].abs().max() < 0.05
@@ -211,10 +212,13 @@ def test_the_fine_tuning_command(tmp_path: Path, capsys: pytest.CaptureFixture) 
     write_episodes(tmp_path / "data", [Episode(frames, "wave", None, 5.0)] * 2, "arm")
     words = ["kinesplat", "finetune-video", str(tmp_path / "data"), "-o", str(tmp_path / "out")]
     words += ["--base", str(tmp_path / "base"), "--frames", str(FRAMES), "--height", str(SIZE), "--width", str(SIZE)]
-    with patch("sys.argv", [*words, "--steps", "2", "--rank", "2"]):
+    with patch("sys.argv", [*words, "--steps", "2", "--rank", "2", "--minutes", "0"]):
         cli.main()
-    assert "2 clips" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 clips of 3 frames, 2.5 per second" in said
+    assert "after 1 steps of 2; --resume goes on" in " ".join(said.split())
     tuned = load_video_model(tmp_path / "out")
+    assert tuned.fps == 2.5  # two steps in 0.8 s
     made = tuned.generate(torch.rand(SIZE, SIZE, 3), "wave")
     write_video(tmp_path / "made.gif", made, 5.0)
     assert made.shape == (FRAMES, SIZE, SIZE, 3)

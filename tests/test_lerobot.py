@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from kinesplat.errors import DatasetError, InputError
-from kinesplat.imagination.lerobot import PICTURE, STATE, Episode, _picture, read_episodes, write_episodes
+from kinesplat.imagination.lerobot import (
+    PICTURE,
+    STATE,
+    Episode,
+    _picture,
+    longest_episode,
+    read_episodes,
+    write_episodes,
+)
 from kinesplat.video import read_clip, write_video
 
 pa = pytest.importorskip("pyarrow")
@@ -82,6 +90,7 @@ def test_version_2_with_videos(tmp_path: Path) -> None:
     video = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
     (meta / "info.json").write_text(json.dumps(info("v2.1", data_path=data, video_path=video)))
     (meta / "tasks.jsonl").write_text('{"task_index": 0, "task": "pick"}\n{"task_index": 1, "task": "place"}\n')
+    (meta / "episodes.jsonl").write_text('{"episode_index": 0, "length": 5}\n{"episode_index": 1, "length": 5}\n')
     for index in range(2):
         place = {"episode_chunk": 0, "episode_index": index, "video_key": PICTURE}
         for path in (data, video):
@@ -89,6 +98,7 @@ def test_version_2_with_videos(tmp_path: Path) -> None:
         parquet.write_table(pa.table(table(index, 5, 5 * index, index)), tmp_path / data.format(**place))
         write_video(tmp_path / video.format(**place), moving_square(5, first=index), FPS)
     read = list(read_episodes(tmp_path, PICTURE))
+    assert longest_episode(tmp_path) == pytest.approx(0.4)
     assert [episode.instruction for episode in read] == ["pick", "place"]
     for index, episode in enumerate(read):
         expected = torch.stack(moving_square(5, first=index))
@@ -109,6 +119,7 @@ def test_version_3_with_many_episodes_in_a_file(tmp_path: Path) -> None:
     parquet.write_table(tasks, tmp_path / "meta" / "tasks.parquet")
     listed: dict[str, list] = {
         "episode_index": [0, 1],
+        "length": [4, 6],
         "data/chunk_index": [0, 0],
         "data/file_index": [0, 0],
         f"videos/{PICTURE}/chunk_index": [0, 0],
@@ -126,11 +137,63 @@ def test_version_3_with_many_episodes_in_a_file(tmp_path: Path) -> None:
         assert (episode.frames / 255.0 - expected).abs().mean() < 0.02
     assert read[1].state is not None
     assert (read[1].state[:, 0] == 1.0).all()
-    clip = read[1].clip(3, 16, 16)
-    assert clip.frames.shape == (3, 16, 16, 3)
-    assert clip.prompt == "place"
+    assert longest_episode(tmp_path) == pytest.approx(0.5)
     with pytest.raises(InputError, match=r"has 2 frames from 0\.8 s on, expected 3"):
         read_clip(tmp_path / video.format(**place), 0.8, 3)
+
+
+def test_a_clip_keeps_its_rate() -> None:
+    frames = torch.arange(11, dtype=torch.uint8)[:, None, None, None].expand(11, 4, 4, 3).contiguous()
+    episode = Episode(frames, "place", None, 10.0)  # one second, frame n shows n
+    whole = episode.clip(6, 4, 4)
+    assert whole.frames[:, 0, 0, 0].tolist() == [0, 2, 4, 6, 8, 10]
+    assert (whole.prompt, whole.fps) == ("place", 5.0)
+    slow, fast = episode.clip(4, 4, 4, fps=2.0), episode.clip(4, 2, 2, fps=20.0)
+    assert slow.frames[:, 0, 0, 0].tolist() == [0, 5, 10, 10]  # over after a second: it stands still
+    assert fast.frames[:, 0, 0, 0].tolist() in ([0, 0, 1, 2], [0, 1, 1, 2])
+    assert (slow.fps, fast.fps, tuple(fast.frames.shape)) == (2.0, 20.0, (4, 2, 2, 3))
+    for count, fps in ((1, None), (3, 0.0), (3, -1.0)):
+        with pytest.raises(InputError, match=r"two or more|expected a positive number"):
+            episode.clip(count, 4, 4, fps)
+
+
+def test_data_sets_of_another_form_are_told_what_is_missing(tmp_path: Path) -> None:
+    made = episodes(1)
+    write_episodes(tmp_path, made, "arm")
+    path, data = tmp_path / "meta" / "info.json", next((tmp_path / "data").rglob("*.parquet"))
+    info, rows = json.loads(path.read_text()), parquet.read_table(data)
+    without = {name: {k: v for k, v in info.items() if k != name} for name in info}
+    for broken, words in (
+        ([], "is no dictionary"),
+        (without["codebase_version"], "has no 'codebase_version'; it has chunks_size, data_path"),
+        (without["features"], "has no 'features'"),
+        (without["fps"], "has no 'fps'"),
+        (without["chunks_size"], "has no 'chunks_size'"),
+        ({**info, "fps": 0}, "fps is 0; expected a positive number"),
+        ({**info, "total_episodes": None}, "total_episodes is None"),
+        ({**info, "features": {PICTURE: "image"}}, "features must be"),
+        ({**info, "data_path": "data/{file}.parquet"}, "a pattern of episode_chunk, episode_index"),
+        ({**info, "features": {PICTURE: {"dtype": "video"}}}, "video_path in meta/info.json is None"),
+        ({**info, "codebase_version": "v3.0"}, r"tasks\.parquet: cannot be read"),
+    ):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(DatasetError, match=words):
+            next(read_episodes(tmp_path))
+    path.write_text(json.dumps(info))
+    for name in (PICTURE, "task_index"):
+        parquet.write_table(rows.drop_columns([name]), data)
+        with pytest.raises(DatasetError, match=f"has no '{name}'; it has episode_index"):
+            next(read_episodes(tmp_path))
+    ragged = rows.set_column(rows.column_names.index(STATE), STATE, pa.array([[1.0], [1.0, 2.0]] * 2))
+    parquet.write_table(ragged, data)
+    with pytest.raises(DatasetError, match="rows of several lengths"):
+        next(read_episodes(tmp_path))
+    (tmp_path / "meta" / "episodes.jsonl").write_text('{"episode_index": 0}\n')
+    with pytest.raises(DatasetError, match="has no 'length'; it has episode_index"):
+        longest_episode(tmp_path)
+    (tmp_path / "meta" / "tasks.jsonl").write_text('{"task": "wave"}\n')
+    with pytest.raises(DatasetError, match="has no 'task_index'; it has task"):
+        next(read_episodes(tmp_path))
 
 
 def test_broken_data_sets(tmp_path: Path) -> None:

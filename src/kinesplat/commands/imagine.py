@@ -30,11 +30,11 @@ from kinesplat.files import read_image
 from kinesplat.imagination.behind import RIM_SHARE, uncovered
 from kinesplat.imagination.imagine import imagine as imagine_motion
 from kinesplat.imagination.joints import place
-from kinesplat.imagination.lerobot import read_episodes
+from kinesplat.imagination.lerobot import longest_episode, read_episodes
 from kinesplat.imagination.masks import robot_mask
 from kinesplat.self_model import SelfModel
 from kinesplat.video import read_frames, write_video
-from kinesplat.vision.finetuning import FinetuneSettings, finetune
+from kinesplat.vision.finetuning import FinetuneSettings, finetune, steps_done
 from kinesplat.vision.segment import Segmenter
 from kinesplat.vision.video_diffusion import TextSteeredVideo, load_video_model
 from kinesplat.vision.video_pipelines import SVD_XT, Sampling
@@ -73,8 +73,8 @@ class Stage:
     """Description of the robot as in kinesplat build; then limits, speeds and collisions are checked."""
     scene: Path | None = None
     """MJCF file of the robot in its scene with position actuators; then the motion is executed in MuJoCo."""
-    fps: float = 7.0
-    """Frames per second of the motion."""
+    fps: float | None = None
+    """Frames per second of the motion; default: of the clips that the video model was fine-tuned on, else 7."""
     segmenter: str | None = None
     """SAM 2 model (facebook/sam2.1-hiera-tiny) that says where the robot is in the picture, with cables and tools that
     the self-model does not know; needs --q-init."""
@@ -87,11 +87,14 @@ class Clips:
     camera: str | None = None
     """Which pictures, where the data set has several cameras."""
     frames: int = 25
-    """Of every clip, chosen evenly from the episode."""
+    """Of every clip."""
     height: int = 320
     """Of the clips [px], a multiple of 64."""
     width: int = 512
     """Of the clips [px], a multiple of 64."""
+    fps: float | None = None
+    """Frames per second of the clips; default: such that the longest episode just fits. A shorter one stands still at
+    its end, a longer one is cut off."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Training:
     save_memory: bool = False
     """Compute activations twice instead of keeping them."""
     minutes: float | None = None
-    """Stop after this time, to go on with --resume."""
+    """Stop after this time, with the model as it then is; --resume goes on."""
 
 
 MakerOptions = Annotated[Maker, tyro.conf.OmitArgPrefixes]
@@ -181,10 +184,11 @@ def imagine(
         fps=stage.fps,
         seed=common.seed,
     )
-    write_table(output / "track.csv", result.track, stage.fps)
-    write_video(output / "imagined.gif", result.video, stage.fps)
-    write_video(output / "overlay.gif", overlays(loaded, iter(result.video), result.track), stage.fps)
-    written = {**result.to_json(), "fps": stage.fps}
+    fps = 1.0 / result.seconds
+    write_table(output / "track.csv", result.track, fps)
+    write_video(output / "imagined.gif", result.video, fps)
+    write_video(output / "overlay.gif", overlays(loaded, iter(result.video), result.track), fps)
+    written = {**result.to_json(), "fps": fps}
     write_json(output / "imagine.json", written)
     out.print(result.report())
     out.print(f"wrote imagined.gif, overlay.gif, track.csv and imagine.json to {output}")
@@ -207,8 +211,8 @@ def finetune_video(
     """Fine-tune Stable Video Diffusion to follow sentences, on a robot's episodes in LeRobot's format.
 
     The embedding of the sentence takes the place of the embedding of the picture (Liu et al. 2024, appendix A.3).
-    OUTPUT gets log.csv, a checkpoint, and in the end what kinesplat imagine --video-model reads. On several GPUs, run
-    it as accelerate launch --no-python kinesplat finetune-video ...
+    OUTPUT gets log.csv, a checkpoint, and in the end, after --minutes as well, what kinesplat imagine --video-model
+    reads. On several GPUs, run it as accelerate launch --no-python kinesplat finetune-video ...
 
     Args:
         dataset: folder of a LeRobot data set (versions 2.0 to 3.0), such as lerobot/asu_table_top, fetched with
@@ -221,7 +225,8 @@ def finetune_video(
     device = device_of(common)
     size = (clips.frames, clips.height, clips.width)
     model = TextSteeredVideo.from_pretrained(base, text_encoder, sampling=Sampling(*size), device=device)
-    data = [episode.clip(*size) for episode in read_episodes(dataset, clips.camera)]
+    fps = (clips.frames - 1) / longest_episode(dataset) if clips.fps is None else clips.fps
+    data = [episode.clip(*size, fps) for episode in read_episodes(dataset, clips.camera)]
     settings = FinetuneSettings(
         steps=training.steps,
         batch=training.batch,
@@ -234,8 +239,11 @@ def finetune_video(
     )
     make_folder(output)
     finetune(model, data, output, settings, base=base, seed=common.seed, resume=resume, progress=err.is_terminal)
-    out.print(f"{len(data)} clips; log, checkpoint and, after {training.steps} steps, the model in {output}")
-    write_json(common.json, {"output": str(output), "clips": len(data), "steps": training.steps})
+    done = steps_done(output)
+    more = "" if done >= training.steps else f" of {training.steps}; --resume goes on"
+    out.print(f"{len(data)} clips of {clips.frames} frames, {fps:.3g} per second")
+    out.print(f"wrote the model, log and checkpoint after {done} steps{more}: {output}")
+    write_json(common.json, {"output": str(output), "clips": len(data), "fps": fps, "steps": done})
 
 
 def _sampling(maker: Maker) -> Sampling:

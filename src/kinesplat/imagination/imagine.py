@@ -23,6 +23,7 @@ from kinesplat.vision.video_diffusion import load_video_model
 from kinesplat.vision.video_pipelines import SVD_XT, VideoModel, resized
 
 FPS = 7.0
+"""Rate of videos whose own is unknown."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def imagine(
     backdrop: ImageLike | None = None,
     robot: Robot | None = None,
     state: mujoco.MjData | None = None,
-    fps: float = FPS,
+    fps: float | None = None,
     seed: int = 0,
 ) -> Imagination:
     """Let a video model show how a sentence is carried out, and find the joints that do it.
@@ -98,7 +99,8 @@ def imagine(
         robot: description of the robot; then the motion is checked.
         state: of a MuJoCo world with the robot in it and position actuators, things where they are now; then the motion
             is executed in it, and it moves along (see `kinesplat.imagination.joints.start_state`).
-        fps: frames per second of the motion.
+        fps: frames per second of the motion; default: the rate of the clips that the video model was trained on, where
+            it tells one (``fps``), else 7.
         seed: of the video and of the random starts of tracking.
 
     The self-model renders on its device; pictures and the result are on the CPU.
@@ -109,9 +111,9 @@ def imagine(
     """
     if state is not None and robot is None:
         raise InputError("the state of a world was given, but not the robot in it: give robot=load_description(...)")
-    if not fps > 0.0:
+    if fps is not None and not fps > 0.0:
         raise InputError(f"fps is {fps}; expected a positive number")
-    picture = picture_of(image, camera)
+    picture, maker = picture_of(image, camera), None
     if video is None:
         maker = load_video_model(video_model) if isinstance(video_model, str | Path) else video_model
         made = maker.generate(picture, prompt, seed=seed).cpu()
@@ -124,9 +126,10 @@ def imagine(
         found = track(model, frames, view, backdrop=behind, seed=seed)
     else:
         found = follow(model, frames, view, q_init, behind, seed=seed)
-    check = None if robot is None else check_trajectory(robot, found.q, 1.0 / fps, state)
-    execution = None if robot is None or state is None else execute(robot, found.q, 1.0 / fps, state)
-    return Imagination(prompt, frames, found, 1.0 / fps, check, execution)
+    seconds = 1.0 / (fps or getattr(maker, "fps", None) or FPS)
+    check = None if robot is None else check_trajectory(robot, found.q, seconds, state)
+    execution = None if robot is None or state is None else execute(robot, found.q, seconds, state)
+    return Imagination(prompt, frames, found, seconds, check, execution)
 
 
 def picture_of(image: ImageLike, camera: Camera) -> Float[Tensor, "height width 3"]:

@@ -21,8 +21,8 @@ from torch import Tensor
 from kinesplat.errors import DatasetError, InputError, unknown
 from kinesplat.files import folder_written_whole
 from kinesplat.video import read_clip
-from kinesplat.vision.finetuning import Clip
 from kinesplat.vision.loading import library
+from kinesplat.vision.video_clips import Clip
 from kinesplat.vision.video_pipelines import resized
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -47,11 +47,45 @@ class Episode:
     state: Float[Tensor, "frames k"] | None
     fps: float
 
-    def clip(self, frames: int, height: int, width: int) -> Clip:
-        """All of it in a few frames, evenly chosen, the first and the last among them."""
-        rows = torch.linspace(0, len(self.frames) - 1, frames).round().long()
+    def clip(self, frames: int, height: int, width: int, fps: float | None = None) -> Clip:
+        """Some frames of it.
+
+        Args:
+            frames: how many.
+            height: of the frames [px].
+            width: of the frames [px].
+            fps: frames per second, from the first frame on: a shorter episode stands still at its end, a longer one is
+                cut off. Default: such that the last frame is the episode's; episodes of unlike length then give clips
+                of unlike rates, which `finetune` refuses.
+
+        Raises:
+            InputError: fewer than two frames, or a rate that is none.
+        """
+        if frames < 2 or len(self.frames) < 2:
+            raise InputError(f"a clip of {frames} frames from an episode of {len(self.frames)}; both need two or more")
+        rate = (frames - 1) * self.fps / (len(self.frames) - 1) if fps is None else fps
+        if not rate > 0.0:
+            raise InputError(f"{rate} frames per second; expected a positive number")
+        rows = (torch.arange(frames) * (self.fps / rate)).round().long().clamp(max=len(self.frames) - 1)
         pictures = [resized(self.frames[row].float(), height, width) for row in rows]
-        return Clip(torch.stack(pictures).round().clamp(0, 255).to(torch.uint8), self.instruction)
+        return Clip(torch.stack(pictures).round().clamp(0, 255).to(torch.uint8), self.instruction, rate)
+
+
+def longest_episode(folder: str | Path) -> float:
+    """Time from the first to the last frame of a data set's longest episode [s].
+
+    Raises:
+        DatasetError: as `read_episodes`, or no episode has two frames.
+    """
+    folder = Path(folder)
+    info = _read_info(folder)
+    if info["codebase_version"] == "v3.0":
+        lengths = [n for path in _episode_files(folder) for n in _columns(path, ("length",))["length"]]
+    else:
+        lengths = [row["length"] for row in _json_lines(folder / "meta" / "episodes.jsonl", ("length",))]
+    if max(lengths, default=0) < 2:
+        raise DatasetError(f"{folder}: no episode has two frames or more")
+    return (max(lengths) - 1) / float(info["fps"])
 
 
 def read_episodes(folder: str | Path, camera: str | None = None) -> Iterator[Episode]:
@@ -66,19 +100,13 @@ def read_episodes(folder: str | Path, camera: str | None = None) -> Iterator[Epi
         BackendError: pyarrow is absent, or PyAV where pictures are videos.
     """
     folder = Path(folder)
-    try:
-        info = json.loads((folder / "meta" / "info.json").read_text())
-        version, features, count = info["codebase_version"], info["features"], info["total_episodes"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DatasetError(f"{folder} is no LeRobot data set: meta/info.json cannot be read ({error})") from error
-    if version not in VERSIONS:
-        raise DatasetError(f"{folder}: {unknown('LeRobot version', version, VERSIONS)}")
-    key = _camera_key(folder, features, camera)
-    rows = _rows_v3(folder, info, key) if version == "v3.0" else _rows_v2(folder, info, key, count)
+    info = _read_info(folder)
+    key = _camera_key(folder, info["features"], camera)
+    rows = _rows_v3(folder, info, key) if info["codebase_version"] == "v3.0" else _rows_v2(folder, info, key)
     for table, instruction, frames in rows:
         state = table.get(STATE)
-        values = None if state is None else torch.tensor(np.stack(state), dtype=torch.float32).reshape(len(state), -1)
-        pictures = torch.stack([_picture(cell) for cell in table[key]]) if frames is None else frames
+        values = None if state is None else _values(folder, state)
+        pictures = _pictures(table[key]) if frames is None else frames
         if values is not None and len(values) != len(pictures):
             raise DatasetError(f"{folder}: an episode has {len(values)} rows, but {len(pictures)} pictures")
         yield Episode(pictures, instruction, values, float(info["fps"]))
@@ -118,34 +146,66 @@ def write_episodes(folder: str | Path, episodes: Iterable[Episode], robot: str) 
     return len(listed)
 
 
-def _rows_v2(
-    folder: Path, info: Mapping[str, Any], key: str, count: int
-) -> Iterator[tuple[dict[str, list], str, Tensor | None]]:
-    tasks = {row["task_index"]: row["task"] for row in _json_lines(folder / "meta" / "tasks.jsonl")}
+def _read_info(folder: Path) -> dict[str, Any]:
+    """What the data set says about itself, once everything that reading needs is in it."""
+    path = folder / "meta" / "info.json"
+    try:
+        info = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{folder} is no LeRobot data set: meta/info.json cannot be read ({error})") from error
+    if not isinstance(info, dict):
+        raise DatasetError(f"{path}: is no dictionary")
+    version = _entries(path, info, ("codebase_version",))["codebase_version"]
+    if version not in VERSIONS:
+        raise DatasetError(f"{folder}: {unknown('LeRobot version', version, VERSIONS)}")
+    count = () if version == "v3.0" else ("total_episodes", "chunks_size")
+    _entries(path, info, ("features", "fps", "data_path", *count))
+    bad = [name for name in ("fps", *count) if not isinstance(info[name], int | float) or not info[name] > 0]
+    if bad:
+        raise DatasetError(f"{path}: {bad[0]} is {info[bad[0]]!r}; expected a positive number")
+    features = info["features"]
+    if not isinstance(features, dict) or not all(isinstance(f, dict) and "dtype" in f for f in features.values()):
+        raise DatasetError(f"{path}: features must be a dictionary of dictionaries with a dtype")
+    return info
+
+
+def _rows_v2(folder: Path, info: Mapping[str, Any], key: str) -> Iterator[tuple[dict[str, list], str, Tensor | None]]:
+    rows = _json_lines(folder / "meta" / "tasks.jsonl", ("task_index", "task"))
+    tasks = {row["task_index"]: row["task"] for row in rows}
     video = info["features"][key]["dtype"] == "video"
-    for index in range(count):
+    for index in range(info["total_episodes"]):
         names = {"episode_chunk": index // info["chunks_size"], "episode_index": index, "video_key": key}
-        table = _table(folder / info["data_path"].format(**names))
-        frames = read_clip(folder / info["video_path"].format(**names), 0.0, len(table["index"])) if video else None
+        table = _columns(_path(folder, info, "data_path", names), ("task_index", *(() if video else (key,))))
+        path = _path(folder, info, "video_path", names) if video else None
+        frames = None if path is None else read_clip(path, 0.0, len(table["task_index"]))
         yield table, _task(folder, tasks, table), frames
 
 
 def _rows_v3(folder: Path, info: Mapping[str, Any], key: str) -> Iterator[tuple[dict[str, list], str, Tensor | None]]:
-    named = _table(folder / "meta" / "tasks.parquet")
+    named = _columns(folder / "meta" / "tasks.parquet", ("task_index",))
     sentences = next((values for name, values in named.items() if name != "task_index"), [])
-    tasks = dict(zip(named["task_index"], sentences, strict=True))
+    tasks = dict(zip(named["task_index"], sentences, strict=False))
     video = info["features"][key]["dtype"] == "video"
-    for file in sorted((folder / "meta" / "episodes").glob("chunk-*/file-*.parquet")):
-        listed = _table(file)
+    parts = {name: f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")} if video else {}
+    places = {name: f"data/{name}" for name in ("chunk_index", "file_index")}
+    for file in _episode_files(folder):
+        listed = _columns(file, ("episode_index", *places.values(), *parts.values()))
         for i, index in enumerate(listed["episode_index"]):
-            places = {"chunk_index": listed["data/chunk_index"][i], "file_index": listed["data/file_index"][i]}
-            table = _table(folder / info["data_path"].format(**places), [("episode_index", "==", index)])
-            frames = None
+            path = _path(folder, info, "data_path", {name: listed[column][i] for name, column in places.items()})
+            wanted = ("task_index", *(() if video else (key,)))
+            table, frames = _columns(path, wanted, [("episode_index", "==", index)]), None
             if video:
-                part = {n: listed[f"videos/{key}/{n}"][i] for n in ("chunk_index", "file_index", "from_timestamp")}
-                path = folder / info["video_path"].format(video_key=key, **part)
-                frames = read_clip(path, part["from_timestamp"], len(table["index"]))
+                part = {name: listed[column][i] for name, column in parts.items()}
+                path = _path(folder, info, "video_path", {"video_key": key, **part})
+                frames = read_clip(path, part["from_timestamp"], len(table["task_index"]))
             yield table, _task(folder, tasks, table), frames
+
+
+def _episode_files(folder: Path) -> list[Path]:
+    found = sorted((folder / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
+    if not found:
+        raise DatasetError(f"{folder}: meta/episodes holds no chunk-*/file-*.parquet; is it complete?")
+    return found
 
 
 def _camera_key(folder: Path, features: Mapping[str, Any], camera: str | None) -> str:
@@ -157,11 +217,29 @@ def _camera_key(folder: Path, features: Mapping[str, Any], camera: str | None) -
     return camera
 
 
-def _table(path: Path, filters: Sequence[Any] | None = None) -> dict[str, list]:
+def _path(folder: Path, info: Mapping[str, Any], kind: str, names: Mapping[str, Any]) -> Path:
+    """A file of the data set by the pattern that its info has for it."""
+    try:
+        return folder / info[kind].format(**names)
+    except (KeyError, AttributeError, ValueError, IndexError) as error:
+        given, valid = info.get(kind), ", ".join(names)
+        raise DatasetError(f"{folder}: {kind} in meta/info.json is {given!r}; expected a pattern of {valid}") from error
+
+
+def _entries(where: Path, values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The values, once it is sure that they have these entries."""
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise DatasetError(f"{where}: has no {missing[0]!r}; it has {', '.join(sorted(values)) or 'nothing'}")
+    return values
+
+
+def _columns(path: Path, names: Sequence[str], filters: Sequence[Any] | None = None) -> dict[str, list]:
+    """A table with at least these columns."""
     arrow, parquet = library("pyarrow"), library("pyarrow.parquet")
     try:
-        return parquet.read_table(str(path), filters=filters).to_pydict()
-    except (OSError, arrow.ArrowInvalid) as error:
+        return _entries(path, parquet.read_table(str(path), filters=filters).to_pydict(), names)
+    except (OSError, arrow.ArrowException) as error:
         raise DatasetError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
 
 
@@ -169,14 +247,32 @@ def _task(folder: Path, tasks: Mapping[int, str], table: Mapping[str, list]) -> 
     sentences = [tasks[number] for number in table["task_index"][:1] if number in tasks]
     if not sentences:
         raise DatasetError(f"{folder}: an episode is empty, or its task has no sentence in meta")
-    return sentences[0]
+    return str(sentences[0])
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def _json_lines(path: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Lines with at least these entries."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path}: cannot be read ({error})") from error
+    return [_entries(path, row if isinstance(row, dict) else {}, names) for row in rows]
+
+
+def _values(folder: Path, state: Sequence[Any]) -> Float[Tensor, "frames k"]:
+    """What the robot reported, one row a frame."""
+    try:
+        return torch.tensor(np.stack(state), dtype=torch.float32).reshape(len(state), -1)
+    except (ValueError, TypeError) as error:
+        raise DatasetError(f"{folder}: {STATE} has rows of several lengths, or no numbers ({error})") from error
+
+
+def _pictures(cells: Sequence[Any]) -> UInt8[Tensor, "frames height width 3"]:
+    pictures = [_picture(cell) for cell in cells]
+    sizes = {tuple(picture.shape[:2]) for picture in pictures}
+    if len(sizes) > 1:
+        raise DatasetError(f"pictures of an episode have the sizes {sorted(sizes)[:3]} (height, width)")
+    return torch.stack(pictures)
 
 
 def _picture(cell: Mapping[str, Any]) -> UInt8[Tensor, "height width 3"]:

@@ -10,34 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float
 from rich.progress import Progress
 from torch import Tensor
 
 from kinesplat.errors import InputError, ModelFileError, TrainingError
 from kinesplat.files import folder_written_whole, written_whole
 from kinesplat.vision.loading import library
-from kinesplat.vision.video_diffusion import LORA_FOLDER, STABLE, TextSteeredVideo, write_index
-from kinesplat.vision.video_pipelines import Sampling
+from kinesplat.vision.video_clips import Clip, EncodedClips, refuse_unlike
+from kinesplat.vision.video_diffusion import LORA_FOLDER, STABLE, TextSteeredVideo, findable, write_index
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Layers of the video model that a LoRA changes."""
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.csv"
-ENCODED_AT_ONCE = 8
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A video and what happens in it.
-
-    Attributes:
-        frames: ``(frames, height, width, 3)``; all clips of a training have one size.
-        prompt: the sentence.
-    """
-
-    frames: UInt8[Tensor, "frames height width 3"]
-    prompt: str
 
 
 @dataclass(frozen=True)
@@ -56,7 +42,7 @@ class FinetuneSettings:
         precision: "no", "bf16" or "fp16", as accelerate has it.
         save_memory: compute activations twice instead of keeping them (gradient checkpointing).
         save_every: steps from one checkpoint to the next.
-        minutes: stop after this wall clock, checkpoint written; `resume` goes on. None does not.
+        minutes: stop after this wall clock, checkpoint and model written; `resume` goes on. None does not.
     """
 
     steps: int = 10_000
@@ -115,9 +101,10 @@ def finetune(
     """Train the video model on clips, on its device; text model and autoencoder stay.
 
     Runs under ``accelerate launch`` as well, with the model on the GPU. The folder gets the checkpoint and log.csv on
-    the way, and in the end the model: all of it, or the LoRA alone with the name of its base; either way with the size
-    of the clips, at which it then draws. Every step draws from a generator of its own, so a resumed run goes the way
-    of a run that was never stopped.
+    the way, and in the end (after `minutes` as well) the model as it then is: all of it, or the LoRA alone with the
+    names of its base and of the text model; either way with size and rate of the clips, at which it then draws. Every
+    step draws from a generator of its own, so a resumed run goes the way of a run that was never stopped; `steps_done`
+    tells how far it is.
 
     Args:
         model: what to start from; its video model is changed.
@@ -130,7 +117,8 @@ def finetune(
         progress: show a progress bar on the terminal.
 
     Raises:
-        InputError: no clip, clips of different sizes, a LoRA without `base`, or a checkpoint of another training.
+        InputError: no clip, clips of different sizes or rates, a LoRA without `base`, or a checkpoint of another
+            training.
         BackendError: accelerate or peft is absent.
         TrainingError: the loss is no number; the last checkpoint before it is kept.
     """
@@ -138,13 +126,12 @@ def finetune(
     _refuse(clips, settings, base)
     folder.mkdir(parents=True, exist_ok=True)
     frames, height, width = clips[0].frames.shape[:3]
-    own = replace(model.sampling, frames=frames, height=height, width=width).over(STABLE)
-    model = replace(model, sampling=own)
+    own = replace(model.sampling, frames=frames, height=height, width=width, fps=clips[0].fps)
+    model = replace(model, sampling=own.over(STABLE))
     run = _Run.start(model, clips, folder, settings, seed)
     done = run.load() if resume and (folder / CHECKPOINT).is_file() else 0
     run.train(done, progress)
-    if settings.minutes is None or run.finished:
-        run.save_model(base)
+    run.save_model(base)
     return replace(model, unet=run.plain_unet())
 
 
@@ -156,12 +143,11 @@ class _Run:
     accelerator: Any
     unet: Any
     optimizer: Any
-    data: "_Encoded"
+    data: EncodedClips
     folder: Path
     settings: FinetuneSettings
     seed: int
     mean: list[Tensor]
-    finished: bool = False
 
     @classmethod
     def start(
@@ -178,7 +164,7 @@ class _Run:
         optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=settings.learning_rate)
         model.vae.to(accelerator.device)
         model.text_encoder.to(accelerator.device)
-        data = _Encoded.of(model, clips)
+        data = EncodedClips.of(model, clips)
         unet, optimizer = accelerator.prepare(unet, optimizer)
         trained = [p for p in accelerator.unwrap_model(unet).parameters() if p.requires_grad]
         mean = [p.detach().clone() for p in trained]
@@ -205,7 +191,6 @@ class _Run:
                     losses.clear()
                 if late:
                     break
-        self.finished = done >= settings.steps or step + 1 == settings.steps
 
     def step(self, step: int) -> float:
         """One step of the optimiser, by the gradients of one batch or of several added up; gives their mean loss."""
@@ -217,7 +202,8 @@ class _Run:
         total = 0.0
         for part in range(settings.accumulation):
             last = part + 1 == settings.accumulation
-            batch = self.data.draw(self.model, settings, generator, device)
+            drawn = self.data.draw(self.model, settings.batch, settings.dropout, settings.log_sigma, generator)
+            batch = [part.to(device) for part in drawn]
             with nullcontext() if last else self.accelerator.no_sync(self.unet):
                 with self.accelerator.autocast():
                     loss = edm_loss(self.unet, *batch) / settings.accumulation
@@ -256,13 +242,7 @@ class _Run:
     def load(self) -> int:
         """Take up the checkpoint; the step that it was written after."""
         path = self.folder / CHECKPOINT
-        safetensors = library("safetensors")
-        try:
-            with safetensors.safe_open(str(path), framework="pt") as file:
-                state = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            raise ModelFileError(f"{path}: a broken checkpoint ({error}); train without resume") from error
+        state, tensors = _read(path)
         step = state.pop("step")
         if state != self.identity:
             raise InputError(f"{path} is of another training: {state}, not {self.identity}")
@@ -309,75 +289,31 @@ class _Run:
 
     def _save_lora(self, base: str) -> None:
         plain = self.accelerator.unwrap_model(self.unet)
-        plain.peft_config["default"].base_model_name_or_path = base
+        plain.peft_config["default"].base_model_name_or_path = findable(base)
         with folder_written_whole(self.folder / LORA_FOLDER) as temporary:
             plain.save_pretrained(str(temporary), save_embedding_layers=False)
-        write_index(self.folder, self.model.sampling)
+        write_index(self.folder, self.model.sampling, self.model.text_source)
 
 
-@dataclass(frozen=True, eq=False)
-class _Encoded:
-    """Clips as the video model sees them.
+def steps_done(folder: str | Path) -> int:
+    """After how many steps the checkpoint in a folder was written; 0 where there is none.
 
-    Attributes:
-        latents: ``(clips, frames, c, h, w)`` scaled.
-        first: ``(clips, height, width, 3)`` the first frames.
-        prompts: ``(clips, 1, k)`` embeddings of the sentences.
+    Raises:
+        ModelFileError: the checkpoint is broken.
     """
-
-    latents: Float[Tensor, "clips frames c h w"]
-    first: UInt8[Tensor, "clips height width 3"]
-    prompts: Float[Tensor, "clips 1 k"]
-
-    @classmethod
-    def of(cls, model: TextSteeredVideo, clips: Sequence[Clip]) -> "_Encoded":
-        """Encode every frame once."""
-        scale, latents = model.vae.config.scaling_factor, []
-        for clip in clips:
-            parts = [model.encode(part.float() / 255.0) for part in clip.frames.split(ENCODED_AT_ONCE)]
-            latents.append(scale * torch.cat(parts).float().cpu())
-        sentences = sorted({clip.prompt for clip in clips})
-        embedded = dict(zip(sentences, model.embed(sentences).float().cpu(), strict=True))
-        first = torch.stack([clip.frames[0] for clip in clips])
-        return cls(torch.stack(latents), first, torch.stack([embedded[clip.prompt] for clip in clips]))
-
-    def draw(
-        self, model: TextSteeredVideo, settings: FinetuneSettings, generator: torch.Generator, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Arguments of `edm_loss` for random clips."""
-        count = settings.batch
-        rows = torch.randint(len(self.latents), (count,), generator=generator)
-        latents = self.latents[rows]
-        mean, deviation = settings.log_sigma
-        sigma = (mean + deviation * torch.randn(count, generator=generator)).exp()
-        noise = torch.randn(latents.shape, generator=generator)
-        lot = torch.rand(count, generator=generator)
-        mute = (lot < settings.dropout) | ((lot >= 2 * settings.dropout) & (lot < 3 * settings.dropout))
-        blind = (lot >= settings.dropout) & (lot < 3 * settings.dropout)
-        first = self.first_latents(model, rows, generator) * ~blind[:, None, None, None]
-        prompts = self.prompts[rows] * ~mute[:, None, None]
-        ids = torch.tensor([_told(model.sampling)]).expand(count, 3)
-        parts = (latents, noise, sigma, first, prompts, ids)
-        return tuple(part.to(device) for part in parts)  # pyright: ignore[reportReturnType]
-
-    def first_latents(
-        self, model: TextSteeredVideo, rows: Int64[Tensor, " b"], generator: torch.Generator
-    ) -> Float[Tensor, "b c h w"]:
-        """Latents of the first frames as the model is given them: with noise on the pixels, not scaled."""
-        noise = _told(model.sampling)[2]
-        if noise == 0.0:
-            return self.latents[rows, 0] / model.vae.config.scaling_factor
-        pixels = self.first[rows].float() / 255.0
-        return model.encode(pixels + 0.5 * noise * torch.randn(pixels.shape, generator=generator)).cpu()
+    path = Path(folder) / CHECKPOINT
+    return int(_read(path, tensors=False)[0]["step"]) if path.is_file() else 0
 
 
-def _told(sampling: Sampling) -> tuple[float, float, float]:
-    """What the video model is told beside the sentence: frames per second less one, motion, noise of the picture."""
-    want = sampling.over(STABLE)
-    assert want.fps is not None
-    assert want.motion is not None
-    assert want.noise is not None
-    return want.fps - 1.0, float(want.motion), want.noise
+def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """State and tensors of a checkpoint, or the state alone."""
+    safetensors = library("safetensors")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            return state, {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise ModelFileError(f"{path}: a broken checkpoint ({error}); train without resume") from error
 
 
 def _with_lora(unet: Any, rank: int) -> Any:
@@ -387,11 +323,7 @@ def _with_lora(unet: Any, rank: int) -> Any:
 
 
 def _refuse(clips: Sequence[Clip], settings: FinetuneSettings, base: str) -> None:
-    if not clips:
-        raise InputError("there is no clip to learn from")
-    sizes = {tuple(clip.frames.shape) for clip in clips}
-    if len(sizes) > 1:
-        raise InputError(f"clips have the sizes {sorted(sizes)[:3]} (frames, height, width, 3); they need one")
+    refuse_unlike(clips)
     if settings.lora_rank is not None and not base:
         raise InputError("a LoRA is written with the name of its base: give base=, or lora_rank=None")
     if not 0.0 <= settings.dropout <= 1 / 3:

@@ -6,7 +6,7 @@ latter and fine-tune; `kinesplat.vision.finetuning` does that, this module loads
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,11 +25,12 @@ OPEN_CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 LORA_FOLDER = "unet_lora"
 STABLE_PIPELINE = "StableVideoDiffusionPipeline"
 TRAINED_AT = "_trained_at"
-"""Entry of the index that diffusers passes over, as all that begin with an underscore."""
+TEXT_MODEL = "_text_encoder"
+"""Entries of the index that diffusers passes over, as all that begin with an underscore."""
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 
 
-STABLE = Sampling(steps=25, guidance=3.0, fps=7, motion=127, noise=0.02)
+STABLE = Sampling(steps=25, guidance=3.0, fps=7.0, motion=127, noise=0.02)
 STABLE_SIZE = Sampling(height=576, width=1024)
 """What Stable Video Diffusion was trained at; its files name a square."""
 KEPT = ("frames", "height", "width", "steps", "guidance", "fps", "motion", "noise")
@@ -48,6 +49,7 @@ class TextSteeredVideo:
         tokenizer: its ``CLIPTokenizer``.
         sampling: how `generate` draws; what is None there is 25 steps, guidance 3, 7 frames per second, motion 127,
             noise 0.02, and the size that the video model's files name.
+        text_source: name or folder that the text model was read from; a LoRA is written with it.
     """
 
     unet: Any
@@ -56,6 +58,7 @@ class TextSteeredVideo:
     text_encoder: Any
     tokenizer: Any
     sampling: Sampling = field(default_factory=Sampling)
+    text_source: str = ""
 
     @classmethod
     def from_pretrained(
@@ -72,8 +75,8 @@ class TextSteeredVideo:
         Args:
             source: folder written by `save_pretrained` or `finetune`, or the name of an image-to-video model of the
                 Stable Video Diffusion family on the Hugging Face hub.
-            text_encoder: folder or name of a CLIP text model; default: the folder's own, else OpenCLIP ViT-H/14, whose
-                image embedding Stable Video Diffusion was trained with.
+            text_encoder: folder or name of a CLIP text model; default: the one that a LoRA was trained with, the
+                folder's own, else OpenCLIP ViT-H/14, whose image embedding Stable Video Diffusion was trained with.
             sampling: how to draw; what is None in it is as the model was trained.
             device: where to compute.
             dtype: of the weights; float16 reads the fp16 files of the hub.
@@ -86,7 +89,8 @@ class TextSteeredVideo:
         lora = Path(source) / LORA_FOLDER
         base = _base_of(lora) if lora.is_dir() else source
         own = Path(base) / "text_encoder"
-        text = text_encoder or (str(base) if own.is_dir() else OPEN_CLIP_H)
+        index = _index(source)
+        text = str(text_encoder or index.get(TEXT_MODEL) or (base if own.is_dir() else OPEN_CLIP_H))
         inside = Path(text) / "text_encoder"
         parts = {"subfolder": "text_encoder"} if inside.is_dir() else {}
         tokens = {"subfolder": "tokenizer"} if inside.is_dir() else {}
@@ -103,10 +107,18 @@ class TextSteeredVideo:
             pretrained(diffusers.EulerDiscreteScheduler, base, subfolder="scheduler", files=SVD_FILES),
             pretrained(transformers.CLIPTextModelWithProjection, text, dtype=dtype, **parts).to(device).eval(),
             pretrained(transformers.CLIPTokenizer, text, **tokens),
-            (sampling or Sampling()).over(_trained_at(source, base)),
+            (sampling or Sampling()).over(_trained_at(index, source, base)),
+            findable(text),
         )
         found.check()
         return found
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of the videos."""
+        fps = self.sampling.over(STABLE).fps
+        assert fps is not None
+        return fps
 
     def check(self) -> None:
         """Refuse parts that do not fit together.
@@ -222,29 +234,51 @@ def load_video_model(
     return PipelineVideo.from_pretrained(source, sampling=sampling, device=device, dtype=dtype)
 
 
-def write_index(folder: Path, sampling: Sampling) -> None:
+def write_index(folder: Path, sampling: Sampling, text_source: str = "") -> None:
     """Write that a folder is for Stable Video Diffusion, and what the model in it was trained at.
+
+    Args:
+        folder: where.
+        sampling: what it was trained at.
+        text_source: the text model, where the folder has none.
 
     Raises:
         InputError: it cannot be written.
     """
     kept = {name: getattr(sampling, name) for name in KEPT}
     index = {"_class_name": STABLE_PIPELINE, TRAINED_AT: kept}
+    index |= {TEXT_MODEL: text_source} if text_source else {}
     with written_whole(folder / INDEX) as temporary:
         temporary.write_text(json.dumps(index, indent=1) + "\n")
 
 
-def _trained_at(source: str | Path, base: str | Path) -> Sampling:
-    """What the index of a folder says about the training; for the published models their size."""
-    published = STABLE_SIZE if str(base).startswith("stabilityai/stable-video-diffusion") else Sampling()
+def findable(source: str | Path) -> str:
+    """A name as it is; a folder by the path that finds it from everywhere."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else str(source)
+
+
+def _index(source: str | Path) -> dict[str, Any]:
+    """The index of a folder; empty where it has none."""
     path = Path(source) / INDEX
     if not path.is_file():
-        return published
+        return {}
     try:
-        values = json.loads(path.read_text()).get(TRAINED_AT, {})
-        return Sampling(**{name: values[name] for name in KEPT if name in values}).over(published)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        index = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(index, dict):
+        raise InputError(f"{path}: is no index of a model")
+    return index
+
+
+def _trained_at(index: Mapping[str, Any], source: str | Path, base: str | Path) -> Sampling:
+    """What the index of a folder says about the training; for the published models their size."""
+    published = STABLE_SIZE if str(base).startswith("stabilityai/stable-video-diffusion") else Sampling()
+    try:
+        values = index.get(TRAINED_AT, {})
+        return Sampling(**{name: values[name] for name in KEPT if name in values}).over(published)
+    except TypeError as error:
+        raise InputError(f"{Path(source) / INDEX}: cannot be read ({error})") from error
 
 
 def _steered(embedding: Float[Tensor, "1 1 k"]) -> Any:

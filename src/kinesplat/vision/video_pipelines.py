@@ -45,7 +45,7 @@ class Sampling:
         steps: of the sampler.
         guidance: strength of classifier-free guidance in the last frame (Ho and Salimans 2021); it grows from 1 in the
             first frame where the model is Stable Video Diffusion.
-        fps: frames per second that the model is told.
+        fps: frames per second of the video, which Stable Video Diffusion is told.
         motion: motion bucket that Stable Video Diffusion is told, 0 to 255.
         noise: standard deviation of the noise on the first frame, of pixels in [-1, 1].
         decoded_at_once: frames; fewer need less memory, but see less of each other. None decodes all.
@@ -57,7 +57,7 @@ class Sampling:
     width: int | None = None
     steps: int | None = None
     guidance: float | None = None
-    fps: int | None = None
+    fps: float | None = None
     motion: int | None = None
     noise: float | None = None
     decoded_at_once: int | None = None
@@ -107,6 +107,11 @@ class PipelineVideo:
             warnings.filterwarnings("ignore", message=".torch_dtype. is deprecated")  # its new name is new in 0.42
             pipeline = pretrained(kind, source, torch_dtype=dtype)
         return cls(pipeline.to(device), sampling or Sampling())
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of the videos, where the caller knows them: a pipeline does not tell."""
+        return self.sampling.fps
 
     def generate(
         self, image: Float[Tensor, "height width 3"], prompt: str, *, seed: int = 0

@@ -13,9 +13,11 @@ distance of its surface points. Of the Shadow Hand the mean joint error must be 
 import argparse
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 
@@ -34,7 +36,11 @@ CASES = {
     "camera": "start 0.3 rad off, camera 0.1 rad and 5 % off",
     "nothing": "nothing known but K",
     "views": "two views, start 0.3 rad off",
+    "far": "one start, every joint 0.5 to 0.8 rad off",
+    "astray": "one start, every joint 0.1 rad off, camera 0.2 rad and 10 % off",
 }
+ONE_START = ("far", "astray")
+FREE = ("camera", "nothing", "astray")
 ARM_JOINTS = {"franka_emika_panda": 7, "universal_robots_ur5e": 6, "ufactory_xarm7": 7, "trossen_vx300s": 6}
 SAME_PICTURE_DB = 40.0
 VISIBLE_PX = 20
@@ -64,11 +70,13 @@ def main() -> None:
     parser.add_argument("--no-initializer", action="store_true", help="by search alone")
     parser.add_argument("--zoo", action="store_true", help="the packaged model instead of a mesh-bound one")
     parser.add_argument("-o", "--out", type=Path, default=Path("reconstruction.jsonl"))
+    parser.add_argument("--no-pull", action="store_true", help="without the distances to silhouettes")
     parser.add_argument("--table", action="store_true", help="only print the tables of the file")
     arguments = parser.parse_args()
     if not arguments.table:
         for robot in arguments.robots:
-            run(robot, arguments)
+            with patch("kinesplat.inverse.attempts.PULL_STEPS", 0) if arguments.no_pull else nullcontext():
+                run(robot, arguments)
     for line in tables(arguments.out):
         print(line)
 
@@ -139,12 +147,14 @@ def solve(
     """One fit and everything that is known about it."""
     generator = torch.Generator().manual_seed(seed)
     noise = 2.0 * torch.rand(model.tree.dof, generator=generator) - 1.0
-    start = model.tree.clamp(p.q + 0.3 * noise * joint_scale(model.tree))
+    by = {"far": noise.sign() * (0.5 + 0.3 * noise.abs()), "astray": 0.1 * noise.sign()}.get(case, 0.3 * noise)
+    start = model.tree.clamp(p.q + by * joint_scale(model.tree))
     twist = torch.nn.functional.normalize(torch.randn(2, 3, generator=generator), dim=-1)
     twist = twist * torch.tensor([[0.05 * p.camera.T_cam_world[..., :3, 3].norm(dim=-1).max().item()], [0.1]])
+    twist = 2.0 * twist if case == "astray" else twist
     off = exp_twist(twist.flatten()) @ p.camera.T_cam_world
-    guess = {"camera": ks.Camera(p.camera.K, off, p.camera.width, p.camera.height), "nothing": None}.get(case, p.camera)
-    free = case in ("camera", "nothing")
+    moved = ks.Camera(p.camera.K, off, p.camera.width, p.camera.height)
+    guess = {"camera": moved, "astray": moved, "nothing": None}.get(case, p.camera)
     fit = ks.reconstruct(
         model,
         p.rgb,
@@ -152,7 +162,8 @@ def solve(
         K=p.camera.K,
         masks=p.alpha,
         q_init=None if case in ("none", "nothing") else start,
-        optimize_camera=free,
+        optimize_camera=case in FREE,
+        starts=1 if case in ONE_START else None,
         initializer=initializer,
         seed=seed,
     )
@@ -184,7 +195,7 @@ def errors(
     off = torch.where(hinge, turns, q - p.q).abs()
     millimetres = max(link_distances(model, p, q, camera))
     same = math.inf
-    if case in ("camera", "nothing"):
+    if case in FREE:
         right = millimetres < 10.0
     elif case == "views":
         right = off[hinge].mean().item() < 0.1

@@ -11,6 +11,7 @@ from kinesplat.errors import InputError
 from kinesplat.inverse.alignment import MaskBoxes, random_views
 from kinesplat.inverse.coarse_to_fine import GLOBAL_LEVELS, NEAR_LEVELS, Level
 from kinesplat.inverse.initializer import Initializer
+from kinesplat.inverse.levenberg_marquardt import levenberg_marquardt
 from kinesplat.inverse.objective import CPU, Configurations, PhotometricObjective
 from kinesplat.inverse.observation import Observation
 from kinesplat.inverse.priors import Priors
@@ -24,6 +25,7 @@ from kinesplat.inverse.search import (
     one_turn,
     search,
 )
+from kinesplat.inverse.silhouette import SilhouettePull
 from kinesplat.self_model import SelfModel
 from kinesplat.twists import exp_twist
 
@@ -31,6 +33,7 @@ NEAR_STARTS, GLOBAL_STARTS = 32, 48
 START_SPREAD_RAD = 0.45
 CAMERA_SPREAD_RAD = 0.1
 PROPOSED_APART = 0.1
+PULL_STEPS = 30
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,13 @@ class Problem:
         return PhotometricObjective(coarse, seen, self.colour_weight, device=self.device, priors=self.priors)
 
     def starts(self, attempt: Attempt, number: int, objective: PhotometricObjective) -> Configurations:
-        """The configurations that least squares begins with."""
+        """The configurations that least squares begins with; those around a guess drawn to the silhouette first."""
+        state = self.chosen(attempt, number, objective)
+        sharp = attempt.near and self.observation.backdrop is None and self.model.skinning is None
+        return drawn_to_silhouette(objective, state) if sharp else state
+
+    def chosen(self, attempt: Attempt, number: int, objective: PhotometricObjective) -> Configurations:
+        """The most promising configurations of a first generation that evolves as the attempt says."""
         state = self.first_generation(attempt, number)
         if len(state.q) <= attempt.starts:
             return state
@@ -182,6 +191,19 @@ class Problem:
 
     def _generator(self, number: int, purpose: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed + 7_919 * (2 * number + purpose))
+
+
+def drawn_to_silhouette(objective: PhotometricObjective, state: Configurations) -> Configurations:
+    """Configurations after least squares of the distances to the silhouette, where that makes better pictures.
+
+    Pixels say nothing about a link beside its mask; the distances do, see `SilhouettePull`.
+    """
+    pull = SilhouettePull.of(objective.model, objective.observation)
+    if pull is None:
+        return state
+    drawn = levenberg_marquardt(pull.linearize, state, iterations=PULL_STEPS).state
+    before, after = (objective.residuals(some).square().sum(dim=1).to(state.q) for some in (state, drawn))
+    return state.where(after < before, drawn)
 
 
 def screened(objective: PhotometricObjective, state: Configurations, count: int) -> Configurations:

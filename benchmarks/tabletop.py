@@ -2,25 +2,28 @@
 
 Six stages, each of which goes on where it was stopped; name some to run them alone.
 
-episodes     300 scripted episodes ("reach the red block"), executed and rendered by MuJoCo (kinesplat[render,models])
+episodes     scripted episodes ("reach the red block"), executed and rendered by MuJoCo (kinesplat[render,models]); of
+             every scene three, one for each block: with one alone, the scene tells what to do and the sentence nothing
 autoencoder  a small video model of Stable Video Diffusion's classes; its autoencoder is trained here
 train        the video model itself, by `kinesplat.vision.finetuning`, all weights
 reference    12 scenes that no episode showed: joints from the true video, and random ones, executed
 evaluate     the same with the generated video; films: the true video, the generated one, the robot found in it
 autoencoded  the same with what the autoencoder makes of the true video: the best that a generated one could be
 
-The last two write results.json and print a table.
+The last two write results.json and print a table; what an older model made is done again.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tabletop_model import small_model
 from torch import Tensor
 
 import kinesplat as ks
@@ -31,13 +34,14 @@ from kinesplat.imagination.joints import joints_of
 from kinesplat.imagination.lerobot import Episode, read_episodes, write_episodes
 from kinesplat.imagination.tabletop import COLOURS, Q_START, Scene, Tabletop, TabletopPictures, instruction
 from kinesplat.video import write_video
-from kinesplat.vision.finetuning import FinetuneSettings, finetune
+from kinesplat.vision.finetuning import FinetuneSettings, finetune, steps_done
 from kinesplat.vision.video_diffusion import TextSteeredVideo
-from kinesplat.vision.video_pipelines import Sampling
+from kinesplat.vision.video_pipelines import INDEX, Sampling
 
 SIZE, FRAMES, SECONDS = 48, 10, 2.0
-EPISODES, SCENES, SCENE_SEED = 300, 12, 100_000
-SAMPLING = Sampling(frames=FRAMES, steps=20, guidance=1.0, fps=5, noise=0.0, decoded_at_once=1)
+SCENES, SCENE_SEED = 12, 100_000
+SHARD = 150
+SAMPLING = Sampling(frames=FRAMES, steps=20, guidance=1.0, noise=0.0, decoded_at_once=1)
 STAGES = ("episodes", "autoencoder", "train", "reference", "evaluate", "autoencoded")
 
 
@@ -45,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--episodes", type=int, default=13 * SHARD, help=f"in folders of {SHARD}")
     parser.add_argument("--autoencoder-steps", type=int, default=700)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, help="of a training stage; then stop, and go on with the next call")
@@ -57,20 +62,29 @@ def main() -> None:
 
 
 def episodes(arguments: argparse.Namespace) -> None:
-    """300 episodes: random scenes, colours in turn."""
+    """Random scenes, in each an episode for every block; a folder at a time."""
     folder = arguments.out / "episodes"
-    if folder.is_dir():
-        return
+    folder.mkdir(exist_ok=True)
     world = Tabletop()
     pictures = TabletopPictures(world, SIZE)
 
-    def made() -> Iterator[Episode]:
-        for index in range(EPISODES):
-            scene = Scene.random(torch.Generator().manual_seed(1_000_000 * arguments.seed + index))
+    def made(indices: range) -> Iterator[Episode]:
+        for index in indices:
+            scene = Scene.random(torch.Generator().manual_seed(1_000_000 * arguments.seed + index // len(COLOURS)))
             frames, q, _ = true_video(world, pictures, scene, colour_of(index))
             yield Episode((255.0 * frames).round().to(torch.uint8), instruction(colour_of(index)), q.float(), rate())
 
-    print(f"{write_episodes(folder, made(), 'kinearm')} episodes in {folder}", flush=True)
+    for first in range(0, arguments.episodes, SHARD):
+        shard = folder / f"{first:06}"
+        if not shard.is_dir():
+            indices = range(first, min(first + SHARD, arguments.episodes))
+            print(f"{write_episodes(shard, made(indices), 'kinearm')} episodes in {shard}", flush=True)
+
+
+def recorded(arguments: argparse.Namespace) -> Iterator[Episode]:
+    """All episodes, one after the other."""
+    for first in range(0, arguments.episodes, SHARD):
+        yield from read_episodes(arguments.out / "episodes" / f"{first:06}")
 
 
 def autoencoder(arguments: argparse.Namespace) -> None:
@@ -79,8 +93,9 @@ def autoencoder(arguments: argparse.Namespace) -> None:
     if folder.is_dir():
         return
     torch.manual_seed(arguments.seed)
-    model = small_model()
-    frames = torch.cat([episode.frames for episode in read_episodes(arguments.out / "episodes")])
+    model = small_model(SIZE, FRAMES, list(map(instruction, COLOURS)))
+    model = replace(model, sampling=SAMPLING)
+    frames = torch.cat([episode.frames for episode in recorded(arguments)])
     odd = (frames.float() - frames.float().mean(dim=0)).abs().mean(dim=-1) / 255.0
     optimizer = torch.optim.AdamW(model.vae.parameters(), lr=2e-3, weight_decay=0.0)
     done, began = 0, time.perf_counter()
@@ -119,28 +134,31 @@ def autoencoder(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train the video model on all episodes."""
-    if (arguments.out / "model" / "unet").is_dir():
+    """Train the video model on all episodes; after `minutes` it is written as it stands."""
+    folder = arguments.out / "model"
+    if (folder / INDEX).is_file() and steps_done(folder) >= arguments.steps:
         return
     model = TextSteeredVideo.from_pretrained(arguments.out / "start", sampling=SAMPLING)
-    clips = [episode.clip(FRAMES, SIZE, SIZE) for episode in read_episodes(arguments.out / "episodes")]
+    clips = [episode.clip(FRAMES, SIZE, SIZE) for episode in recorded(arguments)]
     settings = FinetuneSettings(
         steps=arguments.steps,
         batch=8,
         learning_rate=1e-3,
         lora_rank=None,
         dropout=0.05,
-        log_sigma=(0.7, 1.6),
+        log_sigma=(2.0, 1.7),
         ema=0.998,
         save_every=50,
         minutes=arguments.minutes,
     )
-    finetune(model, clips, arguments.out / "model", settings, seed=arguments.seed, resume=True)
+    finetune(model, clips, folder, settings, seed=arguments.seed, resume=True)
+    if steps_done(folder) < arguments.steps:
+        raise SystemExit(f"stopped after {steps_done(folder)} steps; run again to go on, or --stages evaluate")
 
 
 def reference(arguments: argparse.Namespace) -> None:
     """Success with the true video, and at random."""
-    for place in unfinished(arguments.out / "reference.jsonl"):
+    for place in unfinished(arguments.out / "reference.jsonl", ""):
         true, q, scripted = place.true_video()
         row: dict[str, Any] = {"scene": place.index, "colour": place.colour, "scripted_policy_reached": scripted}
         row["true"], row["q_true"] = place.followed(true, q)
@@ -153,7 +171,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     films, folder = arguments.out / "films", arguments.out / "model"
     films.mkdir(exist_ok=True)
     model = TextSteeredVideo.from_pretrained(folder, sampling=SAMPLING)
-    for place in unfinished(arguments.out / "generated.jsonl"):
+    for place in unfinished(arguments.out / "generated.jsonl", checksum(folder)):
         true, q, _ = place.true_video()
         made = torch.cat([true[:1], model.generate(true[0], instruction(place.colour), seed=place.index)[1:]])
         found, joints = place.followed(made, q)
@@ -166,8 +184,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def autoencoded(arguments: argparse.Namespace) -> None:
     """Success with what the autoencoder makes of the true video: the best that the generated one could be."""
-    model = TextSteeredVideo.from_pretrained(arguments.out / "start", sampling=SAMPLING)
-    for place in unfinished(arguments.out / "autoencoded.jsonl"):
+    folder = arguments.out / "start"
+    model = TextSteeredVideo.from_pretrained(folder, sampling=SAMPLING)
+    for place in unfinished(arguments.out / "autoencoded.jsonl", checksum(folder, "vae")):
         true, q, _ = place.true_video()
         found, joints = place.followed(torch.cat([true[:1], coded(model, true)[1:]]), q)
         place.finish({"scene": place.index, "autoencoded": found, "q_autoencoded": joints})
@@ -176,12 +195,14 @@ def autoencoded(arguments: argparse.Namespace) -> None:
 
 def write_results(out: Path) -> None:
     """All that has been finished, in results.json and as a table."""
-    parts = [read_rows(out / f"{name}.jsonl") for name in ("reference", "autoencoded", "generated")]
+    made_by = {"reference": "", "autoencoded": checksum(out / "start", "vae"), "generated": checksum(out / "model")}
+    parts = [read_rows(out / f"{name}.jsonl", model) for name, model in made_by.items()]
     parts = [part for part in parts if len(part) == SCENES]
     rows = [dict(pair for row in same for pair in row.items()) for same in zip(*parts, strict=True)]
     names = [name for name in ("true", "autoencoded", "generated", "random") if rows and name in rows[0]]
     table = {name: summary([row[name] for row in rows]) for name in names}
-    result = {"summary": table, "trained": last_line(out / "model" / "log.csv"), "scenes": rows}
+    trained = last_line(out / "model" / "log.csv") if (out / "model" / "log.csv").is_file() else None
+    result = {"summary": table, "trained": trained, "scenes": rows}
     with written_whole(out / "results.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     print("| joints from | reached | nearest to the asked block | off, median [mm] | joints off, mean [rad] |")
@@ -200,6 +221,7 @@ class Place:
 
     index: int
     path: Path
+    model: str
     world: Tabletop
     pictures: TabletopPictures
     arm: ks.SelfModel
@@ -238,21 +260,33 @@ class Place:
 
     def finish(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({**row, "model": self.model}) + "\n")
         shown = {k: (v["reached"], round(v["off_mm"])) for k, v in row.items() if isinstance(v, dict)}
         print(self.index, self.colour, shown, flush=True)
 
 
-def unfinished(path: Path) -> Iterator[Place]:
-    """The scenes, those left out that a file already has."""
+def unfinished(path: Path, model: str) -> Iterator[Place]:
+    """The scenes, those left out that a file already has of this model; what else it has is dropped."""
+    rows = read_rows(path, model)
+    with written_whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     world, arm = Tabletop(), ks.zoo.load("kinearm")
     pictures = TabletopPictures(world, SIZE)
-    for index in range(len(read_rows(path)), SCENES):
-        yield Place(index, path, world, pictures, arm)
+    for index in range(len(rows), SCENES):
+        yield Place(index, path, model, world, pictures, arm)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def read_rows(path: Path, model: str) -> list[dict[str, Any]]:
+    """Whole lines of this model; the last one may be half, after a kill."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in rows if row.get("model", "") == model]
+
+
+def checksum(folder: Path, part: str = "unet") -> str:
+    """Of a model's weights, so that results are known to be its own; empty where there is no model."""
+    paths = sorted((folder / part).glob("*.safetensors"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16] if paths else ""
 
 
 def random_motion(world: Tabletop, q: Tensor, seed: int) -> Tensor:
@@ -277,7 +311,7 @@ def film(videos: list[Tensor]) -> list[Tensor]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
-    numbers = {name: sum(row[name] for row in rows) for name in ("reached", "nearest")}
+    numbers: dict[str, float] = {name: sum(row[name] for row in rows) for name in ("reached", "nearest")}
     numbers["off_median_mm"] = torch.tensor([row["off_mm"] for row in rows]).median().item()
     if "joint_error_rad" in rows[0]:
         numbers["joint_error_rad"] = sum(row["joint_error_rad"] for row in rows) / len(rows)
@@ -287,67 +321,6 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
 def last_line(path: Path) -> dict[str, str]:
     names, *_, values = path.read_text().splitlines()
     return dict(zip(names.split(","), values.split(","), strict=True))
-
-
-def small_model() -> TextSteeredVideo:
-    """Untrained; the classes of Stable Video Diffusion, three million weights, letters for tokens."""
-    import diffusers
-    import transformers
-
-    tokens = ["<|startoftext|>", "<|endoftext|>"]
-    letters = sorted(set("".join(map(instruction, COLOURS))) - {" "})
-    vocabulary = {token: i for i, token in enumerate([*tokens, *letters, *(letter + "</w>" for letter in letters)])}
-    text = transformers.CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        projection_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        initializer_factor=2.0,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return TextSteeredVideo(
-        unet=diffusers.UNetSpatioTemporalConditionModel(
-            sample_size=SIZE // 4,
-            in_channels=16,
-            out_channels=8,
-            down_block_types=("DownBlockSpatioTemporal", *["CrossAttnDownBlockSpatioTemporal"] * 2),
-            up_block_types=(*["CrossAttnUpBlockSpatioTemporal"] * 2, "UpBlockSpatioTemporal"),
-            block_out_channels=(32, 64, 64),
-            addition_time_embed_dim=16,
-            projection_class_embeddings_input_dim=48,
-            layers_per_block=1,
-            cross_attention_dim=32,
-            num_attention_heads=4,
-            num_frames=FRAMES,
-        ),
-        vae=diffusers.AutoencoderKLTemporalDecoder(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            block_out_channels=(32, 32, 64),
-            layers_per_block=1,
-            latent_channels=8,
-            sample_size=SIZE,
-            force_upcast=False,
-        ),
-        scheduler=diffusers.EulerDiscreteScheduler(
-            prediction_type="v_prediction",
-            timestep_type="continuous",
-            timestep_spacing="leading",
-            use_karras_sigmas=True,
-            sigma_min=0.01,
-            sigma_max=80.0,
-            beta_schedule="scaled_linear",
-            beta_start=0.00085,
-            beta_end=0.012,
-        ),
-        text_encoder=transformers.CLIPTextModelWithProjection(text).eval(),
-        tokenizer=transformers.CLIPTokenizer(vocab=vocabulary, merges=[]),
-        sampling=SAMPLING,
-    )
 
 
 def true_video(world: Tabletop, pictures: TabletopPictures, scene: Scene, colour: str) -> tuple[Tensor, Tensor, bool]:

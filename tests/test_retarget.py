@@ -335,7 +335,7 @@ def test_command(
     assert "give one of them" in capsys.readouterr().err
     failed = SimpleNamespace(verdict="failed", q=motion[0])
     words = [*words, str(tmp_path / "frames"), *common[:2], "--this-robot", "-o", str(tmp_path / "c.csv")]
-    argv, fails = patch("sys.argv", words), patch("kinesplat.commands.retarget.reconstruct", lambda *_, **__: failed)
+    argv, fails = patch("sys.argv", words), patch("kinesplat.inverse.key_frames.reconstruct", lambda *_, **__: failed)
     with argv, fails, pytest.raises(SystemExit):
         cli.main()
     assert "verdict failed" in capsys.readouterr().err

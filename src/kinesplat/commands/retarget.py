@@ -26,8 +26,6 @@ from kinesplat.commands.common import (
 from kinesplat.commands.track import check_output, read_masks, write_columns
 from kinesplat.errors import InputError
 from kinesplat.files import colours_of, side_by_side
-from kinesplat.inverse.reconstruct import reconstruct
-from kinesplat.inverse.retarget import demonstrated
 from kinesplat.inverse.retarget import retarget as follow
 from kinesplat.inverse.retarget_result import RetargetResult
 from kinesplat.report import overlay
@@ -53,7 +51,7 @@ class Following:
     align: bool = False
     """Scale, turn and move the demonstration in the picture: for another robot or a hand."""
     starts: int | None = None
-    """How many starts to try without a first frame; default 8, or 1 with --align."""
+    """How many starts to try in a search, without asking the video's pixels; default 8, or 1 with --align."""
     smoothness: float = 0.5
     """Cost of accelerations [px^2 for a joint's unit step per frame^2]."""
     self_collision: float = 0.0
@@ -94,7 +92,8 @@ def retarget(
         masks: folder or video of masks, white on what moves.
         save_tracks: also write the tracks of the video (.npz).
         q_init: joint values of the first frame, right within about 0.1 rad.
-        this_robot: the video shows this very robot through this camera: find the first frame as `reconstruct` does.
+        this_robot: the video shows this very robot through this camera: begin with what `reconstruct` finds in some
+            frames, or fail. Without --align, --starts and --q-init that is tried anyway.
     """
     cpu_of(common)
     check_output(output)
@@ -103,20 +102,16 @@ def retarget(
     tracks = PointTracks.load(video) if video.suffix == ".npz" else None
     if tracks is not None and (this_robot or film or save_tracks):
         raise InputError(f"{video} holds tracks, no pictures: no --this-robot, --film or --save-tracks")
+    if q_init is not None and this_robot:
+        raise InputError("--q-init and --this-robot both say where the first frame begins; give one of them")
     seen_by = camera_of(loaded, camera, video)
-    if tracks is None:
-        with err.status("following points through the video"):
-            tracks, _ = demonstrated(read_frames(video), seen_by, None if masks is None else read_masks(masks), tracker)
-    if save_tracks is not None:
-        tracks.save(save_tracks)
-    with err.status("finding the first frame"):
-        start = first_frame(loaded, video, masks, seen_by, q_init, this_robot, common.seed)
     with err.status("finding the motion"):
         result = follow(
             loaded,
-            tracks,
+            read_frames(video) if tracks is None else tracks,
             seen_by,
-            q_init=start,
+            masks=None if masks is None else read_masks(masks),
+            q_init="pixels" if this_robot else None if q_init is None else torch.tensor(q_init),
             objective=following.objective,
             tracker=tracker,
             align=following.align,
@@ -125,10 +120,12 @@ def retarget(
             self_collision=following.self_collision,
             seed=common.seed,
         )
+    if save_tracks is not None:
+        result.shown.save(save_tracks)
     rate = DEFAULT_RATE if video.suffix == ".npz" else frame_rate(video)
     write_columns(output, columns_of(result, rate))
     if film is not None:
-        write_video(film, film_of(loaded, read_frames(video), tracks, result), rate)
+        write_video(film, film_of(loaded, read_frames(video), result.shown, result), rate)
     out.print(result.report())
     written = [str(path) for path in (output, film, save_tracks) if path is not None]
     out.print(f"wrote {' and '.join(written)}")
@@ -152,36 +149,6 @@ def camera_of(model: SelfModel, path: Path | None, video: Path) -> Camera:
         raise InputError(f"{video}: the video has no frame")
     points = model.posed(model.tree.q_canonical.float()).means.detach()
     return Camera.framing(points, width=frame.shape[1], height=frame.shape[0])
-
-
-def first_frame(
-    model: SelfModel,
-    video: Path,
-    masks: Path | None,
-    camera: Camera,
-    q_init: tuple[float, ...] | None,
-    this_robot: bool,
-    seed: int,
-) -> Tensor | None:
-    """Joints of the first frame: given, reconstructed from its picture, or unknown.
-
-    Raises:
-        InputError: both ways at once, or a first picture that this robot does not explain.
-    """
-    if q_init is not None and this_robot:
-        raise InputError("--q-init and --this-robot both say where the first frame begins; give one of them")
-    if q_init is not None:
-        return torch.tensor(q_init)
-    if not this_robot:
-        return None
-    mask = None if masks is None else next(iter(read_masks(masks)))
-    fit = reconstruct(model, next(read_frames(video)), camera, masks=mask, seed=seed)
-    if fit.verdict == "failed":
-        raise InputError(
-            f"{video}: the first frame was not explained (verdict {fit.verdict}); check --camera, give --masks or "
-            "--q-init, or leave out --this-robot"
-        )
-    return fit.q
 
 
 def columns_of(result: RetargetResult, rate: float) -> dict[str, list[Any]]:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError, unknown
+from kinesplat.inverse.anchoring import anchored, carried_on, misfit
 from kinesplat.inverse.clip import Clip
+from kinesplat.inverse.key_frames import KeyFrames, key_frames
 from kinesplat.inverse.observation import ImageLike
 from kinesplat.inverse.rendered_tracks import follow_rendered
 from kinesplat.inverse.retarget_result import RetargetResult
-from kinesplat.inverse.retargeting import Answer, Retargeting
+from kinesplat.inverse.retargeting import Answer, Retargeting, between
 from kinesplat.inverse.trajectory import Trajectory
 from kinesplat.self_model import SelfModel
 from kinesplat.vision.point_tracks import PointTracker, PointTracks, lucas_kanade, track_video
@@ -34,7 +36,7 @@ def retarget(
     camera: Camera,
     *,
     masks: Iterable[ImageLike] | None = None,
-    q_init: Float[Tensor, "*frames dof"] | None = None,
+    q_init: Float[Tensor, "*frames dof"] | Literal["pixels"] | None = None,
     objective: Objective = "tracks",
     tracker: PointTracker = lucas_kanade,
     align: bool = False,
@@ -63,52 +65,92 @@ def retarget(
         camera: through which our robot is to be seen: batch ``()``, or ``(frames,)`` where it moves.
         masks: of a video: 1 on what moves; without them what differs from a plain or the usual background.
         q_init: ``(dof,)`` our joints in the first frame, right within about 0.1 rad, or ``(frames, dof)`` a first guess
-            of the motion [rad]/[m]; default: no idea. For a video of this robot `reconstruct` gives the first frame.
+            of the motion [rad]/[m]. ``"pixels"``: the video shows this very robot through this camera, and what
+            `reconstruct` finds in every twentieth frame or so is where it begins. Default: that is tried where frames
+            are given, without `align` and `starts`; where the pixels show something else, or with tracks, a search.
         objective: see above.
         tracker: follows points through the video, and with ``rendered`` through ours too; `kinesplat.vision`.
         align: also scale, turn and move the demonstration in the picture: for another robot or a hand. Without
             `q_init` the robot begins in its canonical configuration then.
-        starts: how many to try without `q_init`; default 8, or 1 with `align`.
+        starts: how many to try in the search; default 8, or 1 with `align`. If given, pixels are not asked.
         self_collision: weight of links that pass through each other, see `Priors`; 1 is firm.
         smoothness: cost of accelerations [px^2 for a joint's unit step per frame^2].
         seed: of the random starts.
 
     Raises:
-        InputError: tracks, frames, camera or q of the wrong type, shape or range; nothing to follow.
+        InputError: tracks, frames, camera or q of the wrong type, shape or range; nothing to follow; pixels that must
+            tell the start and do not.
     """
     began = time.perf_counter()
     if objective not in OBJECTIVES:
         raise InputError(unknown("objective", objective, OBJECTIVES))
+    if isinstance(q_init, str) and q_init != "pixels":
+        raise InputError(f"q_init is {q_init!r}; expected a tensor, 'pixels', or None")
     if not 0.0 <= smoothness < math.inf or not 0.0 <= self_collision < math.inf:
         raise InputError(f"smoothness is {smoothness}, self_collision {self_collision}; expected 0 or more")
     if starts is not None and starts < 1:
         raise InputError(f"starts is {starts}; expected 1 or more")
-    shown, camera = demonstrated(demonstration, camera, masks, tracker)
+    seen = clip_of(demonstration, camera, masks)
+    shown, camera = demonstrated(seen, camera, None, tracker)
     with torch.no_grad():
-        work = Retargeting.create(model, shown, camera, q_init, align, smoothness, self_collision)
-        answer = found(work, objective, starts or (1 if align else STARTS), seed)
+        known, first = None, None if isinstance(q_init, str) else q_init
+        if isinstance(q_init, str) or (q_init is None and starts is None and not align):
+            known = pixels_of(model, seen, camera, q_init is not None, seed)
+        if known is not None and (objective != "tracks" or align):
+            first = between(known.q, known.frames, len(shown.points))
+        work = Retargeting.create(model, shown, camera, first, align, smoothness, self_collision)
+        answer = found(work, objective, starts or (1 if align else STARTS), seed, known)
     if objective == "rendered":
         frames = len(work.every)
         q, losses = follow_rendered(work.surface(True), work.shown, tracker, answer.at.q, work.ties(frames))
         answer = replace(answer, at=Trajectory(q, answer.at.shared), loss=min(losses), history=[losses])
+    start = "pixels" if known is not None else "search" if q_init is None else "given"
     with torch.no_grad():
-        return work.result(answer, objective != "rendered", time.perf_counter() - began)
+        return work.result(answer, start, objective != "rendered", time.perf_counter() - began)
 
 
-def found(work: Retargeting, objective: Objective, starts: int, seed: int) -> Answer:
+def pixels_of(
+    model: SelfModel, demonstration: PointTracks | Clip, camera: Camera, insisting: bool, seed: int
+) -> KeyFrames | None:
+    """What the pixels of a video of this robot say of some of its frames.
+
+    Raises:
+        InputError: they must tell, and there are none, or they show something else.
+    """
+    if isinstance(demonstration, PointTracks):
+        if insisting:
+            raise InputError("q_init is 'pixels', but tracks have none; give the video's frames")
+        return None
+    known = key_frames(model, demonstration, camera, seed)
+    if known is None and insisting:
+        raise InputError(
+            "no frame was explained as this robot before this camera (verdict failed); check the camera, give masks, "
+            "or begin without q_init='pixels'"
+        )
+    return known
+
+
+def found(work: Retargeting, objective: Objective, starts: int, seed: int, known: KeyFrames | None) -> Answer:
     """The motion by the analytic objectives; the rendered one begins with the first guess."""
-    if objective == "tracks":
-        return work.follow(starts, seed)
-    return work.chamfer() if objective == "frames" else work.unmoved()
+    if objective != "tracks":
+        return work.chamfer() if objective == "frames" else work.unmoved()
+    if known is not None and not work.align:
+        return anchored(work, known.frames, known.q)
+    answer = work.follow(starts, seed)
+    if work.align:
+        return answer
+    rivals = [carried_on(work, answer)]
+    if work.q_init is not None and work.q_init.dim() == 1:
+        rivals.append(anchored(work, torch.zeros(1, dtype=torch.long), work.q_init[None]))
+    return min(rivals, key=lambda rival: misfit(work, rival))
 
 
-def demonstrated(
-    demonstration: PointTracks | Iterable[ImageLike] | Float[Tensor, "frames n 2"],
+def clip_of(
+    demonstration: PointTracks | Clip | Iterable[ImageLike] | Float[Tensor, "frames n 2"],
     camera: Camera,
     masks: Iterable[ImageLike] | None,
-    tracker: PointTracker,
-) -> tuple[PointTracks, Camera]:
-    """The tracks of a demonstration in the pixels of the camera, which is checked against them.
+) -> PointTracks | Clip:
+    """A video read to its end, or tracks as they are.
 
     Raises:
         InputError: see `retarget`.
@@ -125,15 +167,30 @@ def demonstrated(
         demonstration = PointTracks(demonstration.nan_to_num(0.0, 0.0, 0.0), seen)
     if isinstance(demonstration, PointTracks) and masks is not None:
         raise InputError("masks are given with tracks; they belong to a video")
-    if not isinstance(demonstration, PointTracks):
-        one = replace(camera, K=camera.K.reshape(-1, 3, 3)[0], T_cam_world=camera.T_cam_world.reshape(-1, 4, 4)[0])
-        clip = Clip.read(demonstration, masks, None, one, LONG_SIDE)
-        foreground = torch.cat([clip.observation(i).silhouette() for i in range(len(clip.rgb))])
+    if isinstance(demonstration, PointTracks | Clip):
+        return demonstration
+    one = replace(camera, K=camera.K.reshape(-1, 3, 3)[0], T_cam_world=camera.T_cam_world.reshape(-1, 4, 4)[0])
+    return Clip.read(demonstration, masks, None, one, LONG_SIDE)
+
+
+def demonstrated(
+    demonstration: PointTracks | Clip | Iterable[ImageLike] | Float[Tensor, "frames n 2"],
+    camera: Camera,
+    masks: Iterable[ImageLike] | None,
+    tracker: PointTracker,
+) -> tuple[PointTracks, Camera]:
+    """The tracks of a demonstration in the pixels of the camera, which is checked against them.
+
+    Raises:
+        InputError: see `retarget`.
+    """
+    found = clip_of(demonstration, camera, masks)
+    if isinstance(found, Clip):
+        foreground = torch.cat([found.observation(i).silhouette() for i in range(len(found.rgb))])
         with torch.no_grad():
-            small = track_video(clip.rgb.float() / 255.0, foreground, tracker)
-        size = torch.tensor([camera.width / clip.camera.width, camera.height / clip.camera.height])
-        demonstration = small.scaled(size)
-    shown = PointTracks(demonstration.points.detach().float().cpu(), demonstration.visible.cpu()).seen()
+            small = track_video(found.rgb.float() / 255.0, foreground, tracker)
+        found = small.scaled(torch.tensor([camera.width / found.camera.width, camera.height / found.camera.height]))
+    shown = PointTracks(found.points.detach().float().cpu(), found.visible.cpu()).seen()
     frames, n = shown.visible.shape
     if frames < 2 or n < 1:
         raise InputError(f"{n} tracks are seen twice or more in {frames} frames; expected some, in two frames or more")

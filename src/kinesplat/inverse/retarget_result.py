@@ -2,14 +2,21 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from kinesplat.camera import Camera
+from kinesplat.vision.point_tracks import PointTracks
 
+Start = Literal["given", "pixels", "search"]
+STARTED: dict[Start, str] = {
+    "given": "from the given joints",
+    "pixels": "from the pixels of key frames",
+    "search": "no first frame was known",
+}
 NEAR_SHARE = 0.02
 FOLLOWED, FAILED = 0.8, 0.5
 
@@ -72,7 +79,8 @@ class RetargetResult:
             The others are as the search on key frames left them; so is their loss, which compares them with each other
             and not with the answer.
         alignment: how the demonstration was moved in the picture first.
-        tracks: number of demonstrated tracks.
+        shown: the demonstrated tracks, in the pixels of the camera, before they were moved.
+        start: what told where the motion begins: ``given`` (`q_init`), ``pixels`` of some frames, or a ``search``.
         seconds: wall time.
     """
 
@@ -86,8 +94,14 @@ class RetargetResult:
     near_share: float
     hypotheses: tuple[Motion, ...]
     alignment: Alignment
-    tracks: int
+    shown: PointTracks
+    start: Start
     seconds: float
+
+    @property
+    def tracks(self) -> int:
+        """Number of demonstrated tracks."""
+        return self.shown.points.shape[1]
 
     @property
     def verdict(self) -> str:
@@ -113,7 +127,7 @@ class RetargetResult:
         lines = [
             f"{self.verdict}: {len(self.q)} frames, {self.tracks} tracks, {self.seconds:.1f} s; half of the points are "
             f"within {self.residual_px:.2f} px, {100 * self.near_share:.0f} % within {100 * NEAR_SHARE:.0f} % "
-            "of the image side"
+            f"of the image side; {STARTED[self.start]}"
         ]
         if a != Alignment():
             x, y = a.shift_px
@@ -152,6 +166,7 @@ class RetargetResult:
             "loss_history": list(self.loss_history),
             "level_starts": list(self.level_starts),
             "tracks": self.tracks,
+            "start": self.start,
             "seconds": self.seconds,
         }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError
 from kinesplat.inverse.priors import Priors
-from kinesplat.inverse.retarget_result import NEAR_SHARE, Alignment, Motion, RetargetResult
+from kinesplat.inverse.retarget_result import NEAR_SHARE, Alignment, Motion, RetargetResult, Start
 from kinesplat.inverse.retarget_stages import FINE, HOLD, JUDGE, LAST, NEAR, SEARCH, Stage
 from kinesplat.inverse.search import joint_scale
 from kinesplat.inverse.surface_tracks import SurfaceTracks
@@ -49,6 +49,7 @@ class Answer:
         rivals: other motions.
         partners: points of ours, polished.
         followed: the tracks that they are the partners of.
+        ties: what tied its frames together; None for what `Retargeting.ties` says.
     """
 
     at: Trajectory
@@ -57,6 +58,7 @@ class Answer:
     rivals: tuple[Motion, ...] = ()
     partners: SurfaceTracks | None = None
     followed: PointTracks | None = None
+    ties: Smoothness | None = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,14 @@ class Retargeting:
     """A robot, a demonstration, and how to go from one to the other; arguments as of `retarget`.
 
     Attributes:
-        shown: the demonstration's tracks, roughly aligned.
+        given: the demonstration's tracks.
+        shown: the same, roughly aligned.
         first: that rough alignment.
     """
 
     model: SelfModel
     camera: Camera
+    given: PointTracks
     shown: PointTracks
     first: Alignment
     q_init: Float[Tensor, "*frames dof"] | None
@@ -95,7 +99,7 @@ class Retargeting:
             if q_init.dim() > 1 and q_init.shape[:-1] != (frames,):
                 raise InputError(f"q_init has shape {tuple(q_init.shape)}; expected (dof,) or ({frames}, dof)")
             q_init = tree.clamp(q_init.detach().float().cpu())
-        work = cls(model, camera, shown, Alignment(), q_init, align, smoothness, None)
+        work = cls(model, camera, shown, shown, Alignment(), q_init, align, smoothness, None)
         if self_collision:
             work = replace(work, priors=Priors.of(model, self_collision * work.unit**2))
         return work.roughly_aligned() if align else work
@@ -123,9 +127,20 @@ class Retargeting:
     def surface(self, dense: bool, frames: Int[Tensor, " keys"] | None = None) -> SurfaceTracks:
         """Our points, seen by the cameras of some frames."""
         surface = self._surfaces[dense]
-        if frames is None or not self.camera.batch_shape:
-            return surface
+        return surface if frames is None else self._seen_by(surface, frames)
+
+    def everything(self, frames: Int[Tensor, " keys"]) -> SurfaceTracks:
+        """All of our points, seen by the cameras of some frames."""
+        return self._seen_by(self._whole, frames)
+
+    @cached_property
+    def _whole(self) -> SurfaceTracks:
+        return SurfaceTracks.on(self.model, self.camera, len(self.model.link_index))
+
+    def _seen_by(self, surface: SurfaceTracks, frames: Int[Tensor, " keys"]) -> SurfaceTracks:
         camera = self.camera
+        if not camera.batch_shape:
+            return surface
         K, T = camera.K.expand(*camera.batch_shape, 3, 3), camera.T_cam_world.expand(*camera.batch_shape, 4, 4)
         return replace(surface, camera=replace(camera, K=K[frames], T_cam_world=T[frames]))
 
@@ -295,11 +310,12 @@ class Retargeting:
             answer = replace(answer, at=at, loss=losses[-1], history=[*answer.history, losses])
         return answer
 
-    def result(self, answer: Answer, sure: bool, seconds: float) -> RetargetResult:
+    def result(self, answer: Answer, start: Start, sure: bool, seconds: float) -> RetargetResult:
         """What the user gets; residuals are those of partners as in the last stage, whatever was minimised.
 
         Args:
             answer: the motion.
+            start: how it began.
             sure: whether the covariance is asked for.
             seconds: that it took.
         """
@@ -317,7 +333,8 @@ class Retargeting:
         side = max(self.camera.width, self.camera.height)
         last = Alignment(math.exp(shared[0]), shared[1], (side * shared[2], side * shared[3]))
         variance = max(blocks.loss, 1e-12) / max(len(pairs.frame), 1)
-        covariance = covariances(blocks, self.ties(len(self.every)), variance) if sure else None
+        ties = answer.ties or self.ties(len(self.every))
+        covariance = covariances(blocks, ties, variance) if sure else None
         return RetargetResult(
             joint_names=self.tree.joint_names,
             q=answer.at.q,
@@ -329,7 +346,8 @@ class Retargeting:
             near_share=share,
             hypotheses=tuple(distinct(motions)),
             alignment=self.first.then(last),
-            tracks=self.shown.points.shape[1],
+            shown=self.given,
+            start=start,
             seconds=seconds,
         )
 

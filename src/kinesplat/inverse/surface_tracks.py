@@ -25,6 +25,7 @@ EDGE_ON = 0.1
 NEAREST_M = 0.02
 NEIGHBOURS, ALONE = 5, 2.0
 SLIDE_SHARE = 0.25
+LEAP_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,35 @@ class SurfaceTracks:
         K = self.camera.K.to(q).expand(len(q), 3, 3)[frame]
         image = (p_cam[:, :2] / p_cam[:, 2:].clamp(min=NEAREST_M))[:, None] @ K[:, :2, :2].mT
         return image[:, 0] + K[:, :2, 2], self._slope(p_cam, K) @ moved
+
+    @torch.no_grad()
+    def under(
+        self, q: Float[Tensor, " dof"], places: Float[Tensor, "n 2"]
+    ) -> "tuple[SurfaceTracks, Float[Tensor, ' n']]":
+        """The surface at places in the picture of one configuration, and how far our nearest visible point is [px].
+
+        A place's line of sight meets the tangent plane of that point.
+
+        Args:
+            q: the joints; the camera is that of one frame.
+            places: [px].
+        """
+        seen = self.select(self.visible(q[None])[0])
+        if not len(seen.links):
+            return self.select(torch.zeros(len(places), dtype=torch.long)), torch.full((len(places),), torch.inf)
+        p_cam = seen.in_camera(q[None])[0]
+        exact = "donot_use_mm_for_euclid_dist"
+        miss, index = torch.cdist(places, seen.pixels(p_cam[None])[0], compute_mode=exact).min(dim=1)
+        met, p = seen.select(index), p_cam[index]
+        T = (self._Ts_cam_world(q[None])[0] @ self.tree.forward_kinematics(q))[met.links]
+        normals = (T[:, :3, :3] @ met.normals[:, :, None].to(q))[..., 0]
+        K = self.camera.K.to(q).reshape(-1, 3, 3)[0]
+        rays = torch.nn.functional.pad((places - K[:2, 2]) @ torch.linalg.inv(K[:2, :2]).T, (0, 1), value=1.0)
+        depth = (normals * p).sum(dim=-1) / (normals * rays).sum(dim=-1)
+        step = rays * depth[:, None] - p
+        step = step * (self.tolerance * LEAP_SHARE / step.norm(dim=-1, keepdim=True).clamp(min=1e-9)).clamp(max=1.0)
+        moved = (T[:, :3, :3].mT @ step[..., None])[..., 0]
+        return replace(met, points=met.points + moved), miss
 
     @torch.no_grad()
     def slid(self, q: Float[Tensor, "frames dof"], shown: PointTracks, robust: float) -> "SurfaceTracks":

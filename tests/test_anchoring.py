@@ -1,0 +1,159 @@
+"""A video of this robot: pixels say where it begins, partners are read off there, and carried through time."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+import kinesplat as ks
+from kinesplat.errors import InputError
+from kinesplat.inverse.anchoring import Bound, anchored, misfit
+from kinesplat.inverse.key_frames import of_frame
+from kinesplat.inverse.retarget_result import Alignment
+from kinesplat.inverse.retargeting import Answer, Retargeting
+from kinesplat.inverse.surface_tracks import SurfaceTracks
+from kinesplat.inverse.trajectory import Trajectory
+from kinesplat.vision.point_tracks import PointTracks
+
+FRAMES, SIZE = 8, 128
+
+
+@pytest.fixture(scope="module")
+def arm(kinearm: ks.SelfModel) -> ks.SelfModel:
+    return kinearm.subsample(2_000)
+
+
+@pytest.fixture(scope="module")
+def motion(arm: ks.SelfModel) -> Tensor:
+    """A swing of every joint."""
+    tree = arm.tree
+    span = torch.minimum(0.2 * (tree.q_upper - tree.q_lower), torch.tensor(0.4)).float()
+    t = torch.linspace(0.0, 1.0, FRAMES)[:, None]
+    return tree.clamp(tree.q_canonical.float() + span * torch.sin(2.0 * math.pi * 0.4 * t + torch.arange(tree.dof)))
+
+
+@pytest.fixture(scope="module")
+def camera(arm: ks.SelfModel, motion: Tensor) -> ks.Camera:
+    return ks.Camera.framing(arm.posed(motion).means.detach().flatten(0, 1), width=SIZE, height=SIZE)
+
+
+@pytest.fixture(scope="module")
+def every(arm: ks.SelfModel, camera: ks.Camera) -> SurfaceTracks:
+    return SurfaceTracks.on(arm, camera, 2_000)
+
+
+def off(arm: ks.SelfModel, q: Tensor, truth: Tensor) -> float:
+    """Median distance of the last link's frame [m]."""
+    a, b = (arm.tree.forward_kinematics(x)[:, -1, :3, 3] for x in (q, truth))
+    return (a - b).norm(dim=-1).median().item()
+
+
+def moving(camera: ks.Camera) -> ks.Camera:
+    """The camera, sliding sideways and zooming."""
+    K, T = camera.K.repeat(FRAMES, 1, 1), camera.T_cam_world.repeat(FRAMES, 1, 1)
+    K[:, :2, :2] *= torch.linspace(1.0, 1.1, FRAMES)[:, None, None]
+    T[:, 0, 3] += torch.linspace(0.0, 0.1, FRAMES)
+    return ks.Camera(K, T, SIZE, SIZE)
+
+
+def test_what_lies_under_a_place_is_seen_there(every: SurfaceTracks, motion: Tensor) -> None:
+    q = motion[2]
+    seen = every.visible(q[None])[0]
+    places = every.pixels(every.in_camera(q[None]))[0][seen]
+    points, miss = every.under(q, places)
+    assert miss.max() == 0.0
+    assert torch.equal(points.links, every.links[seen])
+    assert torch.allclose(points.points, every.points[seen], atol=1e-4)
+    beside = places + 0.4 * torch.randn(places.shape, generator=torch.Generator().manual_seed(0))
+    points, miss = every.under(q, beside)
+    back = points.pixels(points.in_camera(q[None]))[0]
+    assert (back - beside).norm(dim=-1).median() < 1e-3  # where the surface is not seen edge-on
+    assert miss.max() < 2.0
+    nothing, miss = every.select(torch.zeros(0, dtype=torch.long)).under(q, places[:0])
+    assert len(nothing.links) == len(miss) == 0
+
+
+@pytest.mark.parametrize("turning", [False, True])
+def test_joints_in_two_frames_give_the_motion(
+    arm: ks.SelfModel, camera: ks.Camera, every: SurfaceTracks, motion: Tensor, turning: bool
+) -> None:
+    """Places between our splats, straight lines as the first guess: partners read off in two frames carry the rest."""
+    sees = moving(camera) if turning else camera
+    some = replace(every.select(torch.arange(0, len(every.links), 7)), camera=sees)
+    shifted = replace(some, points=some.points + 0.002 * torch.linalg.cross(some.normals, torch.ones(3).expand(1, 3)))
+    shown = shifted.tracks(motion).seen()
+    with torch.no_grad():
+        work = Retargeting.create(arm, shown, sees, None, False, 0.5, 0.0)
+        answer = anchored(work, torch.tensor([1, 6]), motion[[1, 6]])
+        unmoved = Answer(Trajectory(motion, work.nothing_shared()), 0.0, [])
+    assert off(arm, answer.at.q, motion) < 0.003
+    assert misfit(work, answer) < 0.5 < misfit(work, unmoved)  # without partners nothing is explained
+    assert answer.followed is not None
+    assert answer.followed.visible.sum() <= shown.visible.sum()
+    assert answer.followed.visible.sum() > 0.9 * shown.visible.sum()
+
+
+def test_no_point_of_a_track_is_there_twice(every: SurfaceTracks) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tracks = PointTracks(
+        torch.rand(FRAMES, 5, 2, generator=generator), torch.rand(FRAMES, 5, generator=generator) > 0.3
+    )
+    track, frame = torch.tensor([0, 1, 1, 2, 2, 2, 3]), torch.tensor([0, 2, 6, 0, 4, 4, 5])
+    bound = Bound(track, frame, every.select(track))
+    parted = bound.parted(tracks)
+    count = torch.zeros(FRAMES, 5).index_add(1, track, parted.visible.float())
+    assert torch.equal(count[:, :4] > 0, tracks.visible[:, :4])
+    assert count.max() == 1.0
+    assert not count[:, 4].any()
+    assert bound.weights(tracks).sum() == pytest.approx(5.0)
+
+
+def test_pixels_say_where_a_video_of_this_robot_begins(arm: ks.SelfModel, camera: ks.Camera, motion: Tensor) -> None:
+    """By themselves where frames are given; on demand they must."""
+    frames = arm.render(motion, camera).rgb
+    assert frames is not None
+    asked: list[Tensor] = []
+
+    def answers(model: ks.SelfModel, seen: object, camera: ks.Camera, seed: int) -> SimpleNamespace:
+        assert camera.batch_shape == (1,)
+        asked.append(camera.K)
+        return SimpleNamespace(verdict="converged", q=motion[-1 if len(asked) == 1 else 0])
+
+    with patch("kinesplat.inverse.key_frames.reconstruct", answers):
+        fit = ks.retarget(arm, frames, camera)
+    assert len(asked) == 2
+    assert fit.start == "pixels"
+    assert fit.verdict == "followed"
+    assert "pixels of key frames" in fit.report()
+    assert fit.shown.points.shape[1] == fit.tracks
+    assert fit.alignment == Alignment()
+    assert off(arm, fit.q, motion) < 0.02
+    failed = SimpleNamespace(verdict="failed", q=motion[0])
+    with patch("kinesplat.inverse.key_frames.reconstruct", lambda *_, **__: failed):
+        with pytest.raises(InputError, match="verdict failed"):
+            ks.retarget(arm, frames, camera, q_init="pixels")
+        asked.clear()
+        assert ks.retarget(arm, frames, camera, objective="frames").start == "search"
+    with pytest.raises(InputError, match="tracks have none"):
+        ks.retarget(arm, fit.shown, camera, q_init="pixels")
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_other_words_than_pixels_are_refused(arm: ks.SelfModel, camera: ks.Camera) -> None:
+    word: Any = "picture"
+    with pytest.raises(InputError, match="'picture'"):
+        ks.retarget(arm, [], camera, q_init=word)
+
+
+def test_the_camera_of_a_frame(camera: ks.Camera) -> None:
+    cameras, small = moving(camera), camera.resized(64, 64)
+    one = of_frame(cameras, 3, small)
+    assert one.batch_shape == (1,)
+    assert torch.allclose(one.K[0], replace(cameras, K=cameras.K[3], T_cam_world=camera.T_cam_world).resized(64, 64).K)
+    assert torch.equal(one.T_cam_world[0], cameras.T_cam_world[3])
+    assert torch.equal(of_frame(camera, 5, small).T_cam_world[0], camera.T_cam_world)

@@ -13,6 +13,7 @@ from kinesplat.errors import InputError
 from kinesplat.files import write_png
 from kinesplat.inverse.backdrop import median_backdrop, moving_masks
 from kinesplat.inverse.calibration import CalibrationObjective, CameraGuesses, Rig
+from kinesplat.inverse.calibration_covariance import displaced_covariance
 from kinesplat.inverse.camera_search import Boxes, angles_between, random_rotations, translated
 from kinesplat.inverse.observation import Observation
 from kinesplat.inverse.robust import geman_mcclure
@@ -85,8 +86,46 @@ def test_camera_from_nothing(kinearm: ks.SelfModel) -> None:
     assert min(image.iou for image in found.images) > 0.98
     assert found.spread_mm[0] < 2.0
     assert found.camera.batch_shape == ()
+    assert found.position_std_mm[0] < 1.0
+    assert found.weak_directions == ()
     json.dumps(found.to_json(), allow_nan=False)
     assert "jackknife" in found.report()
+
+
+def test_a_picture_with_a_bad_mask_is_not_called_converged(kinearm: ks.SelfModel) -> None:
+    """A mask too wide by a pixel looks like a camera that is too near; nothing else in a single picture tells."""
+    model, q = kinearm.subsample(3_000), configurations(kinearm.tree, 1)
+    camera = view_of(model, q, 128)
+    rgb, alpha = pictures(model, q, camera)
+    wide = torch.nn.functional.max_pool2d(alpha[:, None], 3, stride=1, padding=1)[:, 0]
+    guess = camera.T_cam_world @ kinearm.tree.forward_kinematics(kinearm.tree.q_canonical)[0].float()
+    found = ks.calibrate(model, rgb, q, camera.K, wide, guess)
+    off = 1000.0 * (found.camera.T_world_cam - camera.T_world_cam)[:3, 3].norm().item()
+    assert found.verdict == "ambiguous"
+    assert 0.3 * off < found.position_std_mm[0] < 5.0 * off
+    (words,) = found.weak_directions
+    assert words in found.report()
+    assert found.to_json()["weak_directions"] == [words]
+    assert found.to_json()["distance_m"] == pytest.approx([found.distance_m[0]])
+
+
+def test_displaced_covariance_against_disturbed_answers(kinearm: ks.SelfModel) -> None:
+    """Gauss-Newton's answer to an outline that is too wide lies within the covariance's own such direction."""
+    model, q = kinearm.subsample(1_000), configurations(kinearm.tree, 2)
+    camera = view_of(model, q, 96)
+    rgb, alpha = pictures(model, q, camera)
+    rig = Rig(kinearm.tree, q, torch.zeros(2, dtype=torch.long))
+    at = CameraGuesses.start(rig, camera.T_cam_world[None, None], camera.K[None])
+    view = ks.Camera(camera.K.expand(2, 3, 3), torch.eye(4), 96, 96)
+    edge = torch.stack(torch.gradient(alpha, dim=(1, 2))).norm(dim=0)
+    wide = (alpha + 0.3 * edge).clamp(max=1.0)
+    objective = CalibrationObjective(model, Observation.create(rgb, wide, view), camera)
+    covariance = displaced_covariance(objective, at)
+    shifted = objective.linearize(at)
+    step = -torch.linalg.solve(shifted.hessian[0].double(), shifted.gradient[0].double())
+    likely = (step @ torch.linalg.solve(covariance.double(), step)).item()
+    assert 0.05 < likely < 3.0  # squared standard deviations
+    assert torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-9)
 
 
 def test_offsets_and_focal_from_a_guess(kinearm: ks.SelfModel) -> None:

@@ -1,6 +1,7 @@
 """What a calibration returns: the cameras, how sure they are, and how well each image agrees."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError
 from kinesplat.inverse.calibration import CalibrationObjective, CameraGuesses, base_in_world
+from kinesplat.inverse.calibration_covariance import displaced_covariance
 from kinesplat.inverse.camera_search import angles_between
 from kinesplat.inverse.levenberg_marquardt import Solution
-from kinesplat.inverse.result import covariance_of
 from kinesplat.kinematics import KinematicTree
 
 UNEXPLAINED_FAILURE = 0.5
@@ -21,6 +22,8 @@ IOU_FAILURE = 0.75
 AMBIGUOUS_RATIO = 1.3
 DISTINCT_RAD = 0.1
 WEAK_STD = 0.02
+UNSURE_SHARE = 0.01
+DIRECTIONS = ("sideways", "up or down", "towards or away from what it sees")
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,17 @@ class CalibrationResult:
         q: ``(images, dof)`` the readings with the estimated offsets [rad]/[m].
         q_offset: ``(dof,)`` what was added; zeros unless asked for.
         loss_history: loss after each iteration, over all image sizes in turn.
-        covariance: ``(p, p)`` of `variable_names`, from the Gauss-Newton Hessian and residuals taken for independent.
+        covariance: ``(p, p)`` of `variable_names`, for outlines displaced as far as masks and rendered ones disagree,
+            in common as well (`kinesplat.inverse.calibration_covariance`).
         variable_names: twist of every camera about its own centre, then joint offsets, then logs of focal lengths.
         spread_mm: standard deviation of every camera's position in the base frame by the jackknife over the images,
             which does not take pixels for independent [mm]; NaN with one image.
         spread_deg: the same of its rotation [deg].
         images: quality, image by image.
         hypotheses: distinct answers, best first.
-        verdict: ``converged``, ``ambiguous`` (another answer explains the images nearly as well) or ``failed``.
+        distance_m: of every camera from the middle of the robot [m].
+        verdict: ``converged``, ``ambiguous`` (another answer explains the images nearly as well, or the standard
+            deviation of a camera's position exceeds 1 % of its distance) or ``failed``.
         seconds: wall time.
     """
 
@@ -86,6 +92,7 @@ class CalibrationResult:
     spread_deg: tuple[float, ...]
     images: tuple[ImageQuality, ...]
     hypotheses: tuple[CameraHypothesis, ...]
+    distance_m: tuple[float, ...]
     verdict: str
     seconds: float
 
@@ -107,16 +114,41 @@ class CalibrationResult:
         std = self.covariance.diagonal().sqrt()
         return tuple(n for n, s in zip(self.variable_names, std.tolist(), strict=True) if not s < WEAK_STD)
 
+    @property
+    def position_std_mm(self) -> tuple[float, ...]:
+        """Standard deviation of every camera's position by the covariance, in all directions together [mm]."""
+        return tuple(1000.0 * position_std(self.covariance, c) for c in range(len(self.T_cam_mount)))
+
+    @property
+    def weak_directions(self) -> tuple[str, ...]:
+        """Of every camera whose position is unsure by more than 1 % of its distance: how much, and mostly which way."""
+        words = []
+        for c, (std, distance) in enumerate(zip(self.position_std_mm, self.distance_m, strict=True)):
+            if std <= 1000.0 * UNSURE_SHARE * distance:
+                continue
+            block = self.covariance[6 * c : 6 * c + 3, 6 * c : 6 * c + 3]
+            if not math.isfinite(std):
+                words.append(f"camera {c} can move without a trace in these images")
+                continue
+            values, vectors = torch.linalg.eigh(block.double())
+            axis = int(vectors[:, -1].abs().argmax())
+            most = 1000.0 * values[-1].sqrt().item()
+            words.append(f"camera {c} is unsure by {std:.0f} mm, by {most:.0f} mm mostly {DIRECTIONS[axis]}")
+        return tuple(words)
+
     def report(self) -> str:
         """A few lines for a person: verdict, cameras with their spread, weak variables, image by image."""
         lines = [f"{self.verdict}: loss {self.hypotheses[0].loss:.3g}, {len(self.images)} images, {self.seconds:.1f} s"]
         for c, T in enumerate(torch.linalg.inv(self.T_cam_mount)):
             x, y, z = T[:3, 3].tolist()
-            spread = f"+- {self.spread_mm[c]:.1f} mm, {self.spread_deg[c]:.2f} deg (jackknife)"
+            spread = f"+- {self.position_std_mm[c]:.1f} mm"
+            if not math.isnan(self.spread_mm[c]):
+                spread += f" (jackknife {self.spread_mm[c]:.1f} mm, {self.spread_deg[c]:.2f} deg)"
             lines.append(f"  camera {c} at ({x:.4f}, {y:.4f}, {z:.4f}) m of {self.mount or 'the world'} {spread}")
         for name, value in zip(self.tree.joint_names, self.q_offset.tolist(), strict=True):
             if value:
                 lines.append(f"  {name} offset {value:+.4f}")
+        lines += [f"  {words}: more images, of other configurations, tell more" for words in self.weak_directions]
         lines += [f"  {name} is hardly observable from these images" for name in self.weak_variables]
         for i, image in enumerate(self.images):
             moved = (
@@ -142,6 +174,9 @@ class CalibrationResult:
             "variable_names": list(self.variable_names),
             "covariance": [[_finite(v) for v in row] for row in self.covariance.tolist()],
             "weak_variables": list(self.weak_variables),
+            "weak_directions": list(self.weak_directions),
+            "position_std_mm": [_finite(v) for v in self.position_std_mm],
+            "distance_m": list(self.distance_m),
             "spread_mm": [_finite(v) for v in self.spread_mm],
             "spread_deg": [_finite(v) for v in self.spread_deg],
             "images": [{key: _finite(getattr(image, key)) for key in keys} for image in self.images],
@@ -182,7 +217,9 @@ def summary(
         first = [int(torch.nonzero(rig.camera_of_image == c)[0]) for c in range(rig.cameras)]
         pick = first[0] if rig.cameras == 1 else torch.tensor(first)
         cameras = replace(cameras, K=cameras.K[pick], T_cam_world=cameras.T_cam_world[pick])
-    hypotheses = distinct_answers(last)
+    hypotheses, covariance = distinct_answers(last), _covariance(finest, best)
+    middle = torch.cat([rig.pivot, torch.ones(1)])
+    distances = (best.T_cam_mount[0] @ middle)[:, :3].norm(dim=1).tolist()
     shifts = [camera_shifts(other, best) for other in without]
     qualities = image_qualities(finest, best, shifts, groups)
     return CalibrationResult(
@@ -194,13 +231,19 @@ def summary(
         q=best.q[0],
         q_offset=best.q_offset[0],
         loss_history=tuple(v for s in solutions for v in s.losses.amin(dim=1).tolist()),
-        covariance=_covariance(finest, last, best),
+        covariance=covariance,
         variable_names=rig.variable_names,
         spread_mm=_jackknife([mm for mm, _ in shifts], rig.cameras),
         spread_deg=_jackknife([deg for _, deg in shifts], rig.cameras),
         images=qualities,
         hypotheses=hypotheses,
-        verdict=verdict_of(explained(solutions, finest), hypotheses),
+        distance_m=tuple(distances),
+        verdict=verdict_of(
+            explained(solutions, finest),
+            hypotheses,
+            [position_std(covariance, c) for c in range(rig.cameras)],
+            distances,
+        ),
         seconds=seconds,
     )
 
@@ -230,21 +273,22 @@ def silhouette_iou(
     return (a & b).sum(dim=(-2, -1)) / (a | b).sum(dim=(-2, -1)).clamp(min=1)
 
 
-def _covariance(
-    finest: CalibrationObjective, last: Solution[CameraGuesses], best: CameraGuesses
-) -> Float[Tensor, "p p"]:
+def _covariance(finest: CalibrationObjective, best: CameraGuesses) -> Float[Tensor, "p p"]:
     """Covariance with the cameras' twists about their own centres."""
-    index = int(last.linearization.loss.argmin())
-    hessian, loss = last.linearization.hessian[index], last.linearization.loss[index].item()
-    own = torch.eye(len(hessian))
+    covariance = displaced_covariance(finest, best)
+    own = torch.eye(len(covariance))
     for c, block in enumerate(best.from_pivot()[0]):
         own[6 * c : 6 * c + 6, 6 * c : 6 * c + 6] = block
-    covariance = covariance_of(hessian, loss, finest.residual_count)
     blind = ~torch.isfinite(covariance.diagonal())
     turned = own @ torch.where(torch.isfinite(covariance), covariance, 0.0) @ own.mT
     touched = (own[:, blind].abs() > 1e-9).any(dim=1)
     turned[touched, touched] = math.inf
     return turned
+
+
+def position_std(covariance: Float[Tensor, "p p"], camera: int) -> float:
+    """Standard deviation of a camera's position, in all directions together [m]."""
+    return covariance.diagonal()[6 * camera : 6 * camera + 3].sum().sqrt().item()
 
 
 def _jackknife(shifts: list[Tensor], cameras: int) -> tuple[float, ...]:
@@ -287,10 +331,17 @@ def explained(solutions: list[Solution[CameraGuesses]], finest: CalibrationObjec
     return silhouette_iou(alpha[0].cpu(), finest.observation.silhouette()).mean().item() >= IOU_FAILURE
 
 
-def verdict_of(explains: bool, hypotheses: tuple[CameraHypothesis, ...]) -> str:
-    """``failed`` where images are not explained, ``ambiguous`` where another answer explains them nearly as well."""
+def verdict_of(
+    explains: bool, hypotheses: tuple[CameraHypothesis, ...], std_m: Sequence[float], distance_m: Sequence[float]
+) -> str:
+    """``failed`` where images are not explained; ``ambiguous`` where another answer explains them nearly as well.
+
+    Or where the standard deviation of a camera's position exceeds 1 % of its distance.
+    """
     if not explains:
         return "failed"
+    if any(not std <= UNSURE_SHARE * distance for std, distance in zip(std_m, distance_m, strict=True)):
+        return "ambiguous"
     if len(hypotheses) > 1 and hypotheses[1].loss < AMBIGUOUS_RATIO * hypotheses[0].loss:
         return "ambiguous"
     return "converged"

@@ -148,10 +148,21 @@ def covariance_of(hessian: Float[Tensor, "p p"], loss: float, residuals: int) ->
         loss: sum of squared residuals there.
         residuals: their number.
     """
+    variance = loss / max(residuals - len(hessian), 1)
+    return infinite_where_blind(hessian, variance * hessian.double()).to(hessian.dtype)
+
+
+def infinite_where_blind(hessian: Float[Tensor, "p p"], meat: Float[Tensor, "p p"]) -> Float[Tensor, "p p"]:
+    """``H^-1 M H^-1``; variables in directions that H does not see have an infinite variance.
+
+    Args:
+        hessian: transposed Jacobian times Jacobian at the solution.
+        meat: covariance of the loss's slope there (half of the slope); ``s^2 H`` for residuals that are independent.
+    """
     values, vectors = torch.linalg.eigh(hessian.double())
     seen = values > 1e-10 * values.max().clamp(min=1e-30)
-    inverse = torch.where(seen, 1.0 / values.clamp(min=1e-300), 0.0)
-    covariance = (vectors * inverse) @ vectors.mT * (loss / max(residuals - len(values), 1))
+    inverse = (vectors * torch.where(seen, 1.0 / values.clamp(min=1e-300), 0.0)) @ vectors.mT
+    covariance = inverse @ meat.double() @ inverse
     blind = (vectors[:, ~seen] ** 2).sum(dim=1) > 1e-6
     covariance[blind, blind] = math.inf
-    return covariance.to(hessian.dtype)
+    return covariance

@@ -193,16 +193,23 @@ class FakeAlltracker(Fake):
 
     def forward_sliding(
         self, rgbs: Tensor, iters: int, sw: None, is_training: bool
-    ) -> tuple[Tensor, Tensor, None, None]:
+    ) -> tuple[Tensor, Tensor, list[list[Tensor]], list[list[Tensor]]]:
         frames, _, height, width = rgbs.shape[1:]
-        assert height % 8 == width % 8 == 0
+        assert height % 8 == width % 8 == frames % 8 == 0
+        assert min(height, width) >= 128
+        assert frames >= 16
         assert rgbs.max() > 100.0
         flow = (
             self.arrow(rgbs) * torch.arange(frames)[:, None] * self.motion
             + (rgbs.mean() - rgbs.mean().detach()) / 255.0
         )
-        flow = flow[:, :, None, None].expand(frames, 2, height, width)
-        return flow[None], torch.ones(1, frames, 2, height, width), None, None
+        flow = flow[:, :, None, None].expand(frames, 2, height, width)[None]
+        sure = torch.ones(1, frames, 2, height, width)
+        flows, sures = ([[m[:, i : i + 16]] for i in range(0, frames - 8, 8)] for m in (flow, sure))
+        return flow.detach(), sure, flows, sures
+
+    def forward_window(self) -> None:
+        """What the loader makes forget all guesses but the last."""
 
 
 class FakeCotracker(Fake):
@@ -246,7 +253,8 @@ def stood_in(name: str, scale: Tensor) -> dict[str, ModuleType]:
 def test_other_trackers_by_stand_ins(name: str, frame: int, tmp_path: Path) -> None:
     """Conventions of pixels, axes and ranges come out right: a known motion comes back in our pixels."""
     frames = moving(VELOCITY)[:, :64] * torch.linspace(0.5, 1.0, FRAMES)[:, None, None, None]
-    scale = torch.tensor([256.0 / 96.0, 256.0 / 64.0]) if name.startswith("tap") else torch.ones(2)
+    sides = {"tapir": (256.0, 256.0), "tapnext": (256.0, 256.0), "alltracker": (128.0, 128.0)}.get(name, (96.0, 64.0))
+    scale = torch.tensor(sides) / torch.tensor([96.0, 64.0])
     state = {"model.weight": torch.ones(1)} if name == "cotracker3" else {"weight": torch.ones(1)}
     state = {key.removeprefix("model."): value for key, value in state.items()}
     torch.save({"model": state} if name == "alltracker" else state, tmp_path / "weights.pt")

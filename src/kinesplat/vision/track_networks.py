@@ -24,6 +24,8 @@ from kinesplat.vision.point_tracks import PointTracker, PointTracks, lucas_kanad
 TAPIR_PX = (256, 256)
 STRIDE = 8
 ALLTRACKER_WINDOW = 16
+ALLTRACKER_PX = 128
+"""Least side that its pyramid of correlations can halve; smaller videos are enlarged."""
 ALLTRACKER_CONFIDENT = 0.1
 COTRACKER_WINDOW = 60
 TAPNET = "pip install git+https://github.com/google-deepmind/tapnet.git"
@@ -87,7 +89,14 @@ def alltracker(weights: str | Path | None = None) -> PointTracker:
     model = _module("nets.alltracker", ALLTRACKER).Net(ALLTRACKER_WINDOW, init_weights=False)  # or it fetches some
     state = _state(_file("alltracker", weights))
     _load(model, state.get("model", state), "alltracker")
+    window = model.forward_window
+    model.forward_window = lambda *given, **named: _last_guess(*window(*given, **named))
     return _both_ways(partial(_alltracker, model.eval()))
+
+
+def _last_guess(flows: list[Tensor], sure: list[Tensor], *rest: Any) -> tuple[Any, ...]:
+    """Of what AllTracker keeps of a window, a guess after every iteration, the last; all of them fill the memory."""
+    return flows[-1:], sure[-1:], *rest
 
 
 def cotracker3(weights: str | Path | None = None) -> PointTracker:
@@ -128,27 +137,34 @@ def _tapnext(model: Any, frames: Float[Tensor, "frames height width 3"], queries
 def _alltracker(
     model: Any, frames: Float[Tensor, "frames height width 3"], queries: Float[Tensor, "n 3"]
 ) -> PointTracks:
-    """Video in [0, 255] of a multiple of 8 px; flow at integer pixels and its confidence, from the query's frame on."""
-    height, width = (max(STRIDE, round(side / STRIDE) * STRIDE) for side in frames.shape[1:3])
+    """Video in [0, 255] of a multiple of 8 px; flow at integer pixels and its confidence, from the query's frame on.
+
+    It is run as in training: otherwise it detaches its answer, moves pictures to a GPU, and has another form for two
+    frames. In training videos must be whole windows, each half a window after the one before.
+    """
+    height, width = (max(ALLTRACKER_PX, round(side / STRIDE) * STRIDE) for side in frames.shape[1:3])
     video, factor = _resized(frames, height, width)
     video = 255.0 * video.permute(0, 3, 1, 2)[None]
     points = torch.zeros(len(frames), len(queries), 2).to(frames)
     visible = torch.zeros(len(frames), len(queries), dtype=torch.bool)
+    half = ALLTRACKER_WINDOW // 2
     for first in queries[:, 0].round().long().unique().tolist():
         rows = torch.nonzero(queries[:, 0].round().long() == first)[:, 0]
         places = queries[rows, 1:].to(frames) * factor
-        if first == len(frames) - 1:
+        count = len(frames) - first
+        if count == 1:
             continue
-        flow, sure, *_ = model.forward_sliding(video[:, first:], iters=4, sw=None, is_training=False)
-        grid = (places / torch.tensor([width, height]).to(places) * 2.0 - 1.0)[None, None].expand(
-            len(flow[0]), 1, -1, 2
+        more = -(-max(count - ALLTRACKER_WINDOW, 0) // half) * half + ALLTRACKER_WINDOW - count
+        whole = torch.cat([video[:, first:], video[:, -1:].expand(-1, more, -1, -1, -1)], dim=1)
+        _, _, *windows = model.forward_sliding(whole, iters=4, sw=None, is_training=True)
+        grid = places / torch.tensor([width, height]).to(places) * 2.0 - 1.0
+        grid = grid[None, None].expand(count, 1, -1, 2)
+        flow, sure = (
+            torch.nn.functional.grid_sample(maps, grid, align_corners=False, padding_mode="border")[:, :, 0]
+            for maps in (torch.cat([w[-1][0, half * (i > 0) :] for i, w in enumerate(k)])[:count] for k in windows)
         )
-        sampled = [
-            torch.nn.functional.grid_sample(m[0].to(places), grid, align_corners=False, padding_mode="border")[:, :, 0]
-            for m in (flow, sure)
-        ]
-        points[first:, rows] = (places + sampled[0].transpose(1, 2)) / factor
-        visible[first:, rows] = sampled[1][:, 1] > ALLTRACKER_CONFIDENT
+        points[first:, rows] = (places + flow.transpose(1, 2)) / factor
+        visible[first:, rows] = (sure[:, 1] > ALLTRACKER_CONFIDENT).cpu()
     return _pinned(points, visible, queries)
 
 

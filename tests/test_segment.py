@@ -1,12 +1,16 @@
 """SAM 2 at tiny size: gradients, folders, prompt points of a self-model."""
 
+import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from kinesplat import cli
 from kinesplat.camera import Camera
 from kinesplat.errors import BackendError, InputError
+from kinesplat.files import write_png
 from kinesplat.imagination.masks import POINTS, prompt_points, robot_mask
 from kinesplat.self_model import SelfModel
 from kinesplat.vision.segment import SAM_2, Segmenter
@@ -116,3 +120,52 @@ def test_points_lie_on_the_robot_and_beside_it(kinearm: SelfModel, segmenter: Se
     behind = Camera.look_at((5.0, 0.0, 0.2), (6.0, 0.0, 0.2), width=96, height=80)
     with pytest.raises(InputError, match="does not see the robot"):
         prompt_points(kinearm, q, behind)
+
+
+def test_the_command_takes_what_the_segmenter_masks_out_of_the_backdrop(
+    kinearm: SelfModel,
+    segmenter: Segmenter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """A red cable beside the arm, which the self-model does not know, but the mask does."""
+    camera = Camera.look_at((0.9, 0.7, 0.6), (0.1, 0.0, 0.25), width=48, height=40)
+    q = kinearm.tree.q_canonical.float()
+    out = kinearm.render(q, camera, (0.5, 0.5, 0.5), outputs=("rgb", "alpha"))
+    assert out.rgb is not None
+    assert out.alpha is not None
+    picture, cable = out.rgb.clamp(0.0, 1.0), torch.zeros(40, 48, dtype=torch.bool)
+    cable[4:8, 2:40] = True
+    picture[cable] = torch.tensor([1.0, 0.0, 0.0])
+    alpha, seen = out.alpha, []
+
+    def masked(self: Segmenter, image: torch.Tensor, points: torch.Tensor, on: torch.Tensor) -> torch.Tensor:
+        x, y = points.long().T
+        assert (alpha[y[on], x[on]] > 0.5).all()
+        torch.testing.assert_close(image, picture, atol=1 / 255, rtol=0)
+        return ((alpha > 0.1) | cable).float()
+
+    def imagined(*given: object, backdrop: torch.Tensor, **named: object) -> None:
+        seen.append(backdrop)
+        raise InputError("the backdrop was seen")
+
+    monkeypatch.setattr(Segmenter, "mask", masked)
+    monkeypatch.setattr("kinesplat.commands.imagine.imagine_motion", imagined)
+    segmenter.model.save_pretrained(str(tmp_path / "sam"))
+    write_png(tmp_path / "now.png", picture)
+    (tmp_path / "camera.json").write_text(json.dumps(camera.to_json()))
+    words = ["kinesplat", "imagine", "kinearm", str(tmp_path / "now.png"), "wave", "-o", str(tmp_path / "out")]
+    words += ["--camera", str(tmp_path / "camera.json"), "--video", str(tmp_path)]
+    words += ["--segmenter", str(tmp_path / "sam")]
+    for more, said in (
+        ([], "--segmenter needs --q-init"),
+        (["--q-init", *map(str, q.tolist())], "the backdrop was seen"),
+    ):
+        with patch("sys.argv", [*words, *more]), pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err
+    (backdrop,) = seen
+    assert backdrop.shape == (40, 48, 3)
+    torch.testing.assert_close(backdrop, torch.full_like(backdrop, 0.5), atol=0.03, rtol=0)

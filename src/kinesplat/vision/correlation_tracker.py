@@ -49,7 +49,7 @@ class CorrelationTracker(torch.nn.Module):
         """Tracks ``(frames, n)`` of the queries (frame, x [px], y [px]), both ways from their frame."""
         features = self.features(frames)
         start = queries[:, 0].round().long()
-        wanted = _sampled(features[start], queries[:, None, None, 1:].to(features))[..., 0, 0]
+        wanted = self._queried(features, start, queries[:, 1:].to(features))
         places: dict[int, Tensor] = {}
         shares: dict[int, Tensor] = {}
         for order in (range(len(frames)), range(len(frames) - 1, -1, -1)):
@@ -63,12 +63,20 @@ class CorrelationTracker(torch.nn.Module):
         points = torch.stack([places[i] for i in range(len(frames))])
         return PointTracks(points, torch.stack([shares[i] for i in range(len(frames))]) > VISIBLE_SHARE)
 
+    def _queried(self, features: Tensor, start: Tensor, places: Tensor) -> Float[Tensor, "n k"]:
+        """The features at the queries, each in its frame."""
+        order = start.argsort(stable=True)
+        frames, counts = start.unique(return_counts=True)
+        parts = places[order].split(counts.tolist())
+        found = [_sampled(features[i : i + 1], part[None, :, None]) for i, part in zip(frames, parts, strict=True)]
+        return torch.cat([part[0, :, :, 0].T for part in found])[order.argsort()]
+
     def _step(self, feature: Tensor, wanted: Tensor, place: Tensor) -> tuple[Float[Tensor, "n 2"], Float[Tensor, " n"]]:
         """Where the points are in a frame, and how alike they look there (cosine)."""
         reach = torch.arange(-self.radius, self.radius + 1, dtype=place.dtype)
         window = place[:, None, None] + torch.stack(torch.meshgrid(reach, reach, indexing="xy"), dim=-1)
-        around = _sampled(feature.expand(len(place), *feature.shape), window)
-        cosine = torch.einsum("nkhw,nk->nhw", around, wanted).flatten(1)
+        around = _sampled(feature[None], window.flatten(0, 1)[None])[0].unflatten(1, (len(place), -1))
+        cosine = torch.einsum("knhw,nk->nhw", around, wanted).flatten(1)
         share = torch.softmax(cosine / self.temperature, dim=1)
         return torch.einsum("np,npi->ni", share, window.flatten(1, 2)), (share * cosine).sum(dim=1).detach()
 

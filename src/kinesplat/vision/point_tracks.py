@@ -142,8 +142,8 @@ def spread_points(
 def lucas_kanade(frames: Float[Tensor, "frames height width 3"], queries: Float[Tensor, "n 3"]) -> PointTracks:
     """Sparse optical flow from frame to frame (Bouguet 2001, pyramidal Lucas-Kanade), both ways from the query.
 
-    A point is lost for good where the flow back does not return to within half a pixel. Frames that require a gradient
-    give tracks that have one, see `with_gradient`.
+    A point is lost for good where the flow back does not return to within half a pixel. Frames or queries that require
+    a gradient give tracks that have one, see `with_gradient`.
     """
     video = _grays(frames)
     start = queries[:, 0].detach().round().long()
@@ -158,25 +158,35 @@ def lucas_kanade(frames: Float[Tensor, "frames height width 3"], queries: Float[
             if len(alive):
                 points[i + step, alive], visible[i + step, alive] = _flow(video[i], video[i + step], points[i, alive])
     tracks = PointTracks(points, visible)
-    return with_gradient(frames, tracks, start) if frames.requires_grad else tracks
+    wanted = frames.requires_grad or queries.requires_grad
+    return with_gradient(frames, tracks, start, places=queries[:, 1:]) if wanted else tracks
 
 
 def with_gradient(
-    frames: Float[Tensor, "frames height width 3"], tracks: PointTracks, start: Tensor, window: int = WINDOW_PX
+    frames: Float[Tensor, "frames height width 3"],
+    tracks: PointTracks,
+    start: Tensor,
+    window: int = WINDOW_PX,
+    places: Float[Tensor, "n 2"] | None = None,
 ) -> PointTracks:
     """The same tracks, differentiable in the frames: one more Gauss-Newton step of Lucas-Kanade, in plain torch.
 
     Where the patch of the frame equals that of the query, the step is zero and its derivative is that of the minimum by
-    the implicit function theorem, as far as Gauss-Newton's Hessian goes. The values stay those of `tracks`.
+    the implicit function theorem, as far as Gauss-Newton's Hessian goes. The values stay those of `tracks`. Queried
+    `places`, where given, carry their own derivative: in their frame the point is there, and its patch is taken there.
     """
     gray = frames.mean(dim=-1)
     slopes = torch.stack(torch.gradient(gray, dim=(1, 2))[::-1], dim=1)
     images = torch.cat([gray[:, None], slopes], dim=1)
     reach = torch.arange(window, dtype=gray.dtype) - window // 2
     around = torch.stack(torch.meshgrid(reach, reach, indexing="xy"), dim=-1).reshape(-1, 2)
-    places = tracks.points.to(gray)[:, :, None] + around
+    points = tracks.points.to(gray)
+    if places is not None:
+        queried = (torch.arange(len(frames))[:, None] == start)[..., None]
+        points = torch.where(queried, points + (places - places.detach()).to(gray), points)
+    around = points[:, :, None] + around
     size = torch.tensor([gray.shape[2], gray.shape[1]], dtype=gray.dtype)
-    patches = torch.nn.functional.grid_sample(images, places / size * 2.0 - 1.0, align_corners=False)
+    patches = torch.nn.functional.grid_sample(images, around / size * 2.0 - 1.0, align_corners=False)
     first = patches[start, :1, torch.arange(len(start))]
     difference = first[None] - patches.transpose(1, 2)[:, :, :1]
     slope = patches[:, 1:].transpose(1, 2).detach()
@@ -184,7 +194,7 @@ def with_gradient(
     ridge = 1e-3 * hessian.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None] + 1e-8
     step = torch.linalg.solve(hessian + ridge * torch.eye(2).to(hessian), (slope @ difference.mT)[..., 0])
     step = torch.where(tracks.visible[..., None], step, 0.0)
-    return PointTracks(tracks.points.to(gray) + (step - step.detach()), tracks.visible)
+    return PointTracks(points + (step - step.detach()), tracks.visible)
 
 
 def _flow(

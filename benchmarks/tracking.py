@@ -35,7 +35,7 @@ def main() -> None:
         "joints off, mean [rad]",
         "median",
         "largest of the means",
-        "lost",
+        "lost or doubtful",
         "frames/s",
         "all included",
     ]
@@ -46,7 +46,7 @@ def main() -> None:
         hinges = torch.tensor([kind == "hinge" for kind in model.tree.joint_types])
         off = (torch.remainder(result.q - q + math.pi, 2.0 * math.pi) - math.pi).abs()[:, hinges]
         means = off.mean(dim=1)
-        lost = sum(state == "lost" for state in result.states)
+        lost = sum(state in ("lost", "doubtful") for state in result.states)
         print(
             f"| {arguments.robot} | {seed} | {len(q)} | {means.mean():.4f} | {means.median():.4f} | {means.max():.4f} "
             f"| {lost} | {result.frames_per_second:.1f} | {len(q) / result.seconds:.1f} |",

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -13,7 +14,9 @@ import kinesplat as ks
 from kinesplat import cli
 from kinesplat.errors import InputError
 from kinesplat.files import write_png
-from kinesplat.inverse.track import start_tracker
+from kinesplat.inverse.mending import mended
+from kinesplat.inverse.track import TrackOptions, start_tracker
+from kinesplat.inverse.track_result import TrackedFrame
 from kinesplat.video import frame_rate, read_frames, write_video
 
 FRAMES = 8
@@ -62,7 +65,7 @@ def test_lost_and_found_again(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...])
     q, camera, frames, _, scene = clip
     order = [0, 1, None, None, 5, 6]
     shown = [scene if i is None else frames[i] for i in order]
-    with patch("kinesplat.inverse.track.RETRY_FRAMES", 2):
+    with patch("kinesplat.inverse.tracker.RETRY_FRAMES", 2):
         result = ks.track(arm, shown, camera, backdrop=scene, q_init=q[0])
     assert result.states[2:4] == ("lost", "lost")
     assert result.verdict == "partly lost"
@@ -82,10 +85,52 @@ def test_with_masks_and_a_moving_camera(arm: ks.SelfModel, clip: tuple[torch.Ten
     assert (moved - still)[:, :3, 3].norm(dim=-1).max() < 0.08  # the hand in the camera; base and joints trade off
 
 
+def test_wrong_frames_are_mended_from_the_others(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]) -> None:
+    """The first frames were solved wrongly, as they are before a median that shows the robot; the others are right."""
+    q, camera, frames, _, _ = clip
+    tracker = start_tracker(arm, frames, camera)
+    assert tracker.clip.guessed
+    found = []
+    for i, truth in enumerate(q.float()):
+        start = TrackedFrame(truth, camera.T_cam_world, torch.zeros_like(truth), 0.0, "tracked")
+        right = tracker.solve(i, [start], truth, "tracked")
+        wrong = replace(right, q=arm.tree.clamp(truth + 0.3), loss=10.0 * right.loss)
+        found.append(wrong if i < 3 else right)
+    new = mended(tracker, found)
+    assert arm_off(torch.stack([frame.q for frame in new]), q).max() < 0.03
+    given = start_tracker(arm, frames, camera, TrackOptions(backdrop=frames[0]))
+    assert mended(given, found) == found  # the user's own backdrop is not questioned
+
+
+def test_a_robot_that_stands_still_is_its_own_backdrop(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]) -> None:
+    q, camera, frames, _, _ = clip
+    result = ks.track(arm, [frames[0]] * 4, camera, q_init=q[0])
+    assert set(result.states) == {"doubtful"}
+    assert result.verdict == "ambiguous"
+    assert "doubtful" in result.report()
+
+
+@pytest.mark.slow
+def test_a_short_clip_is_right_or_says_so(kinearm: ks.SelfModel) -> None:
+    """32 frames before clutter; the robot moves by a fraction of its size, and nothing is known but the camera."""
+    arm, t = kinearm.subsample(3_000), torch.arange(32.0)[:, None] / 32.0
+    swing = (0.25 * (arm.tree.q_upper - arm.tree.q_lower)).clamp(max=0.4).float()
+    q = arm.tree.clamp(arm.tree.q_canonical.float() + swing * torch.sin(2.0 * t + 1.7 * torch.arange(arm.tree.dof)))
+    camera = ks.Camera.framing(arm.posed(q[::4]).means.flatten(0, 1), width=128, height=128)
+    out = arm.render(q, camera)
+    assert out.rgb is not None
+    assert out.alpha is not None
+    clutter = torch.nn.functional.interpolate(torch.rand(1, 3, 16, 16), size=(128, 128), mode="bicubic")[0]
+    scene = clutter.permute(1, 2, 0).clamp(0, 1)
+    result = ks.track(arm, (out.rgb - (1.0 - out.alpha[..., None]) * (1.0 - scene)).clamp(0, 1), camera)
+    sure = torch.tensor([state in ("tracked", "searched") for state in result.states])
+    assert arm_off(result.q[sure], q[sure]).amax(dim=0, keepdim=True).nan_to_num().max() < 0.1
+
+
 def test_frames_do_not_depend_on_interruptions(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]) -> None:
     q, camera, frames, _, _ = clip
-    with patch("kinesplat.inverse.track.BACKDROP_STEP", 2):
-        tracker = start_tracker(arm, frames, camera, q_init=q[0])
+    with patch("kinesplat.inverse.tracker.BACKDROP_STEP", 2):
+        tracker = start_tracker(arm, frames, camera, TrackOptions(q_init=q[0]))
         whole = list(tracker.frames())
         rest = list(tracker.frames(whole[:5]))
     assert len(rest) == FRAMES - 5

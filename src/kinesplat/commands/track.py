@@ -28,8 +28,10 @@ from kinesplat.commands.common import (
 )
 from kinesplat.errors import BackendError, InputError
 from kinesplat.files import read_image, read_mask, written_whole
-from kinesplat.inverse.track import Tracker, collected, start_tracker
+from kinesplat.inverse.mending import mended
+from kinesplat.inverse.track import TrackOptions, collected, start_tracker
 from kinesplat.inverse.track_result import TrackedFrame, TrackResult
+from kinesplat.inverse.tracker import Tracker
 from kinesplat.report import overlay
 from kinesplat.self_model import SelfModel
 from kinesplat.video import frame_rate, picture_files, read_frames, write_video
@@ -52,8 +54,8 @@ def track(
 ) -> None:
     """Follow a robot through a video: joint values of every frame.
 
-    Writes a table with the columns frame, time_s, state ("tracked", "searched" anew, or "lost": values of the frame
-    before), loss, the joints [rad]/[m] and their standard deviations. While it runs, finished frames stand in
+    Writes a table with the columns frame, time_s, state ("tracked", "searched" anew, "doubtful", or "lost": values of
+    the frame before), loss, the joints [rad]/[m] and their standard deviations. While it runs, finished frames stand in
     OUTPUT.partial.jsonl, from which --resume goes on after an interruption. Exits with 1 when most frames were lost.
 
     Args:
@@ -73,10 +75,7 @@ def track(
     check_output(output)
     loaded = load_model(model)
     began = time.perf_counter()
-    tracker = start_tracker(
-        loaded.to(device),
-        read_frames(video),
-        Camera.from_json(camera),
+    options = TrackOptions(
         masks=None if masks is None else read_masks(masks),
         backdrop=None if backdrop is None else read_image(backdrop),
         q_init=None if q_init is None else torch.tensor(q_init),
@@ -84,6 +83,7 @@ def track(
         colour_weight=colour_weight,
         seed=common.seed,
     )
+    tracker = start_tracker(loaded.to(device), read_frames(video), Camera.from_json(camera), options)
     partial = output.with_name(f"{output.name}.partial.jsonl")
     result = run(tracker, partial, resume, began)
     rate = frame_rate(video)
@@ -114,7 +114,7 @@ def run(tracker: Tracker, partial: Path, resume: bool, began: float) -> TrackRes
                 bar.advance(task)
     except OSError as error:
         raise InputError(f"cannot write {partial}: {error.strerror}") from error
-    return collected(tracker, found, time.perf_counter() - began, first)
+    return collected(tracker, mended(tracker, found), time.perf_counter() - began, first)
 
 
 def read_partial(path: Path, tracker: Tracker) -> list[TrackedFrame]:

@@ -11,8 +11,9 @@ from torch import Tensor
 from kinesplat.camera import Camera
 from kinesplat.imagination.behind import behind_robot
 from kinesplat.inverse.search import joint_influence, joint_scale
-from kinesplat.inverse.track import Tracker, collected, predict, start_tracker
+from kinesplat.inverse.track import TrackOptions, collected, start_tracker
 from kinesplat.inverse.track_result import TrackedFrame, TrackResult
+from kinesplat.inverse.tracker import Tracker, predict
 from kinesplat.self_model import SelfModel
 
 Joints = Float[Tensor, " dof"]
@@ -58,7 +59,7 @@ def follow(
     q_init = q_init.float().cpu()
     model = model.subsample(COARSE_SPLATS) if max(frames.shape[1:3]) <= COARSE_PX else model
     behind = behind_robot(model, frames[:1], q_init[None], camera) if backdrop is None else backdrop
-    tracker = start_tracker(model, frames, camera, backdrop=behind, q_init=q_init, seed=seed)
+    tracker = start_tracker(model, frames, camera, TrackOptions(backdrop=behind, q_init=q_init, seed=seed))
     first = TrackedFrame(q_init, tracker.camera.T_cam_world, torch.zeros_like(q_init), 0.0, "tracked")
     first = replace(tracker.solve(0, [first], q_init, "tracked"), q=q_init)
     spread = (SPREAD / joint_influence(model.to("cpu")).clamp(min=1e-3)).clamp(max=WIDEST) * joint_scale(model.tree)
@@ -68,7 +69,7 @@ def follow(
     for _ in range(sweeps):
         if backdrop is None:
             behind = behind_robot(model, frames, torch.stack([frame.q for frame in found]), camera)
-            tracker = start_tracker(model, frames, camera, backdrop=behind, q_init=q_init, seed=seed)
+            tracker = start_tracker(model, frames, camera, TrackOptions(backdrop=behind, q_init=q_init, seed=seed))
         found = swept(tracker, found, spread)
     if tracker.misfits(0, found[0]):
         found[0] = replace(found[0], state="lost")

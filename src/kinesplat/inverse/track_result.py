@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kinesplat.camera import Camera
 
-STATES = ("tracked", "searched", "lost")
+STATES = ("tracked", "searched", "doubtful", "lost")
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,10 @@ class TrackedFrame:
         T_cam_world: ``(4, 4)`` [m].
         std: ``(dof,)`` standard deviations [rad]/[m] from residuals taken for independent; infinite where unseen.
         loss: squared residuals of the finest image size, robust, averaged over pixels.
-        state: ``tracked`` from the frame before, ``searched`` anew (the first frame, or after a loss), or ``lost``:
-            nothing explains the frame, and the values are those of the frame before.
+        state: ``tracked`` from the frame before, ``searched`` anew (the first frame, or after a loss), ``lost``
+            (nothing explains the frame; the values are those before), or ``doubtful``: the backdrop was guessed
+            from the video, and the frame is explained much worse than others, or the robot hardly stands out from the
+            backdrop (`kinesplat.inverse.mending`).
     """
 
     q: Float[Tensor, " dof"]
@@ -42,7 +44,7 @@ class TrackResult:
         camera: the camera, or a batch ``(frames,)`` where it was tracked too.
         std: ``(frames, dof)`` standard deviations [rad]/[m], see `TrackedFrame`.
         losses: of every frame.
-        states: of every frame: ``tracked``, ``searched`` or ``lost``.
+        states: of every frame: ``tracked``, ``searched``, ``doubtful`` or ``lost``.
         seconds: wall time, all included.
         first_seconds: the part of it before the first frame was known: reading the video, background, search.
     """
@@ -58,9 +60,14 @@ class TrackResult:
 
     @property
     def verdict(self) -> str:
-        """``tracked``, ``partly lost`` or ``failed`` (more than half of the frames are lost)."""
-        share = self.states.count("lost") / len(self.states)
-        return "failed" if share > 0.5 else "partly lost" if share else "tracked"
+        """``tracked``, ``ambiguous``, ``partly lost`` or ``failed``.
+
+        Failed: more than half of the frames are lost; else partly lost where one is, ambiguous where one is doubtful.
+        """
+        lost = self.states.count("lost")
+        if lost > 0.5 * len(self.states):
+            return "failed"
+        return "partly lost" if lost else "ambiguous" if "doubtful" in self.states else "tracked"
 
     @property
     def frames_per_second(self) -> float:

@@ -2,8 +2,8 @@
 
 A small CLIP (a ResNet and CLIP's text tower, classes of transformers) learns six gestures and sentences about single
 fingers from random views of the hand, among them views of what it is led to while it learns; a linear head, which is
-thrown away afterwards, reads the joints from the same features. `text_to_q` then finds every gesture from its name, from
-random starts, and a classifier of another architecture, trained on other pictures, says what the answers show.
+thrown away afterwards, reads the joints from the same features. `text_to_q` then finds every gesture from its name,
+from random starts, and a classifier of another architecture, trained on other pictures, says what the answers show.
 Nothing is downloaded. Writes the trained encoder, text_gestures.json and text_gestures.png (a row for each gesture: the
 gesture, then pairs of start and answer) into the output folder; a killed run goes on where it stopped.
 """

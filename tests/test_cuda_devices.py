@@ -46,7 +46,7 @@ def work(monkeypatch: pytest.MonkeyPatch, unchecked_types: None) -> Iterator[Wor
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small searches, and few steps at every image size."""
-    for module, names in (("calibrate", ("NEAR_LEVELS", "FINE_LEVELS")), ("track", ("LEVELS",))):
+    for module, names in (("calibrate", ("NEAR_LEVELS", "FINE_LEVELS")), ("tracker", ("LEVELS",))):
         there = import_module(f"kinesplat.inverse.{module}")
         for name in names:
             monkeypatch.setattr(there, name, tuple(replace(level, iterations=2) for level in getattr(there, name)))
@@ -173,7 +173,7 @@ def test_track(work: Work, short: None, monkeypatch: pytest.MonkeyPatch) -> None
     assert out.alpha is not None
     scene = torch.rand(32, 32, 3)
     frames = out.rgb.cpu() - (1.0 - out.alpha.cpu()[..., None]) * (1.0 - scene)
-    monkeypatch.setattr(import_module("kinesplat.inverse.track"), "BACKDROP_STEP", 2)
+    monkeypatch.setattr(import_module("kinesplat.inverse.tracker"), "BACKDROP_STEP", 2)
     found = ks.track(model, frames, camera, q_init=q[0].cuda())
     assert found.q.device.type == "cpu"
     assert len(found.states) == 5

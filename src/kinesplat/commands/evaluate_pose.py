@@ -131,6 +131,7 @@ def summary(found: list[Evaluated]) -> dict[str, Any]:
             "name": e.sequence.name,
             **asdict(e.errors),
             "lost_frames": e.result.states.count("lost"),
+            "doubtful_frames": e.result.states.count("doubtful"),
             "seconds": e.result.seconds,
         }
         for e in found
@@ -144,11 +145,11 @@ def summary(found: list[Evaluated]) -> dict[str, Any]:
 def markdown(found: list[Evaluated]) -> str:
     """A table: one row per video, joints in columns."""
     joints = list(found[0].errors.joint_error_rad)
-    head = ["video", "frames", "lost", *joints, "mean [rad]", "ADD [mm]", "ADD median [mm]", "ADD AUC"]
+    head = ["video", "frames", "lost", "doubtful", *joints, "mean [rad]", "ADD [mm]", "ADD median [mm]", "ADD AUC"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for e in found:
         x = e.errors
-        row = [e.sequence.name, str(x.frames), str(e.result.states.count("lost"))]
+        row = [e.sequence.name, str(x.frames), *(str(e.result.states.count(s)) for s in ("lost", "doubtful"))]
         row += [f"{v:.4f}" for v in x.joint_error_rad.values()]
         row += [f"{x.joint_error_mean_rad:.4f}", f"{x.add_mm:.1f}", f"{x.add_median_mm:.1f}", f"{x.add_auc:.3f}"]
         lines.append("| " + " | ".join(row) + " |")

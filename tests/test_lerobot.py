@@ -1,6 +1,7 @@
 """LeRobot's format: what is written is read, and both layouts as the library itself writes them."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,23 @@ def test_version_2_with_videos(tmp_path: Path) -> None:
         assert (episode.frames / 255.0 - expected).abs().mean() < 0.02
     with pytest.raises(DatasetError, match=r"unknown camera '\(none given\)'"):
         next(read_episodes(tmp_path))
+
+
+def test_videos_as_lerobot_encodes_them(tmp_path: Path) -> None:
+    """AV1 with a key frame at every other frame, at the rate of ASU TableTop."""
+    av = pytest.importorskip("av")
+    if "libsvtav1" not in av.codecs_available:
+        pytest.skip("this PyAV has no encoder of AV1")
+    with av.open(str(tmp_path / "v.mp4"), "w") as container:
+        stream = container.add_stream("libsvtav1", rate=Fraction(25, 2))
+        stream.width = stream.height = 64
+        stream.pix_fmt, stream.options = "yuv420p", {"g": "2", "crf": "30"}
+        for picture in moving_square(11, size=64):
+            frame = av.VideoFrame.from_ndarray((255 * picture).byte().numpy(), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    read = read_clip(tmp_path / "v.mp4", 4 / 12.5, 5)
+    assert (read / 255.0 - torch.stack(moving_square(5, size=64, first=4))).abs().mean() < 0.01
 
 
 def test_version_3_with_many_episodes_in_a_file(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kinesplat.inverse.backdrop import FOREGROUND, moving_masks
@@ -40,20 +40,22 @@ def mended(tracker: Tracker, found: Sequence[TrackedFrame]) -> list[TrackedFrame
         return frames
     for _ in range(ROUNDS):
         worker = _cleaned(tracker, frames)
-        doubt = in_doubt(worker, frames, AGAIN_RATIO * _usual(frames, BEST_SHARE))
+        doubt = in_doubt(worker, frames, _most(frames))
         if bool(doubt.all()):
             frames, doubt = _begun_again(worker, frames)
         if not bool(doubt.any()):
             break
         frames = _followed_again(worker, frames, doubt)
-    doubt = in_doubt(_cleaned(tracker, frames), frames, LOST_RATIO * _usual(frames, USUAL_SHARE)).tolist()
+    doubt = in_doubt(_cleaned(tracker, frames), frames, torch.tensor(LOST_RATIO * _usual(frames, USUAL_SHARE))).tolist()
     return [
         replace(frame, state="doubtful") if unsure and frame.state != "lost" else frame
         for frame, unsure in zip(frames, doubt, strict=True)
     ]
 
 
-def in_doubt(tracker: Tracker, frames: Sequence[TrackedFrame], most: float) -> Bool[Tensor, " frames"]:
+def in_doubt(
+    tracker: Tracker, frames: Sequence[TrackedFrame], most: Float[Tensor, "*frames"]
+) -> Bool[Tensor, " frames"]:
     """Which frames are lost, have a loss above `most`, or show too little of the robot or too much beside it."""
     losses = torch.tensor([frame.loss for frame in frames])
     lost = torch.tensor([frame.state == "lost" for frame in frames])
@@ -81,6 +83,17 @@ def _cleaned(tracker: Tracker, frames: Sequence[TrackedFrame]) -> Tracker:
     """The tracker before the backdrop that the frames which are explained as usual uncover."""
     usual = _usual(frames, USUAL_SHARE)
     return tracker.behind([f if f.loss <= LOST_RATIO * usual else replace(f, state="lost") for f in frames])
+
+
+def _most(frames: Sequence[TrackedFrame]) -> Float[Tensor, " frames"]:
+    """The loss up to which every frame is beyond doubt; less for those before the robot was searched anew.
+
+    What led there had gone astray before it was noticed.
+    """
+    searched = [i for i, frame in enumerate(frames) if i and frame.state == "searched"]
+    before = torch.arange(len(frames)) < max(searched, default=0)
+    usual, best = LOST_RATIO * _usual(frames, USUAL_SHARE), AGAIN_RATIO * _usual(frames, BEST_SHARE)
+    return torch.where(before, min(usual, best), usual)
 
 
 def _usual(frames: Sequence[TrackedFrame], share: float) -> float:

@@ -261,7 +261,7 @@ class CalibrationObjective:
         given, at, seen = at.T_cam_mount, at.to(self.device), self._there[1]
         rgb, alpha = self.render(at)
         loss, *weights = self.losses(rgb, alpha)
-        twists = self._twists(at)
+        twists = self.twists(at)
         equations = self._equations(at, seen.rgb, seen.mask, weights).contract(twists)
         gradient, hessian = equations.gradient.sum(dim=1), equations.hessian.sum(dim=1)
         if at.rig.focal_free:
@@ -290,7 +290,7 @@ class CalibrationObjective:
             eps2d=self.model.eps2d,
         )
 
-    def _twists(self, at: CameraGuesses) -> Float[Tensor, "batch images links6 p"]:
+    def twists(self, at: CameraGuesses) -> Float[Tensor, "batch images links6 p"]:
         """Camera-frame twist of every link for a unit of every variable but the focal lengths."""
         rig, links = at.rig, len(at.rig.tree.link_names)
         own = torch.nn.functional.one_hot(rig.camera_of_image, rig.cameras).to(at.q)

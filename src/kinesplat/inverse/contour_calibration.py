@@ -1,6 +1,5 @@
 """Cameras from known joints and photographs without masks, in front of anything, by the robot's contours."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,10 +13,9 @@ from kinesplat.inverse.camera_search import distinct_rotations, spread_rows
 from kinesplat.inverse.contour_cameras import Templates, slid_cameras
 from kinesplat.inverse.contour_objective import CHANCE, ContourObjective, Evidence, Poses
 from kinesplat.inverse.contour_search import SCREEN, ContourLevel
+from kinesplat.inverse.contours import unlit
 from kinesplat.inverse.edges import EdgePictures
 from kinesplat.inverse.levenberg_marquardt import Solution, levenberg_marquardt
-from kinesplat.inverse.observation import Observation
-from kinesplat.self_model import SelfModel
 
 TEMPLATE_PX, TEMPLATE_SPLATS = 128, 1_000
 SLID, STARTS, KEPT = 512, 24, 4
@@ -75,7 +73,7 @@ def cameras_by_contours(
 def contour_objective(objective: CalibrationObjective, level: ContourLevel) -> ContourObjective:
     """The contours of all images of a calibration at one size."""
     small = replace(objective, observation=objective.observation.resized(level.px))
-    model = objective.model.subsample(level.splats)
+    model = unlit(objective.model.subsample(level.splats))
 
     def poses(at: CameraGuesses) -> Poses:
         return Poses(at.q, small.camera(at), small.twists(at))
@@ -88,7 +86,7 @@ def slid(objective: CalibrationObjective, rig: Rig, K: Float[Tensor, "3 3"]) -> 
     rows = spread_rows(rig.q, SEARCH_IMAGES)
     few, some = objective.select(rows), rig.select(rows)
     small = few.observation.resized(TEMPLATE_PX)
-    model = objective.model.subsample(TEMPLATE_SPLATS)
+    model = unlit(objective.model.subsample(TEMPLATE_SPLATS))
     view = Camera(K, torch.eye(4), objective.full.width, objective.full.height)
     view = view.resized(small.camera.width, small.camera.height)
     pictures = EdgePictures.of(small)

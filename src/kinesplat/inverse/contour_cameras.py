@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kinesplat.camera import Camera
 from kinesplat.inverse.calibration import Rig
-from kinesplat.inverse.contours import contour_pixels, grown, COVERED
+from kinesplat.inverse.contours import COVERED, TONE, contour_pixels, grown
 from kinesplat.inverse.edges import EdgePictures
 from kinesplat.self_model import SelfModel
 
@@ -40,7 +40,9 @@ class Templates:
     camera: Camera
 
     @classmethod
-    def around(cls, pivot: Float[Tensor, "3"], radius: float, K: Float[Tensor, "3 3"], size: tuple[int, int], upright: bool) -> "Templates":
+    def around(
+        cls, pivot: Float[Tensor, "3"], radius: float, K: Float[Tensor, "3 3"], size: tuple[int, int], upright: bool
+    ) -> "Templates":
         """Directions about 0.3 rad apart, and sizes a quarter apart.
 
         Args:
@@ -126,13 +128,14 @@ def template_planes(
     model: SelfModel, q: Float[Tensor, "views dof"], camera: Camera
 ) -> Float[Tensor, "batch views 5 height width"]:
     """Contours by direction, all contours negative, the inside negative."""
-    out = model.render(q, camera, outputs=("alpha", "depth", "link_id"))
+    out = model.render(q, camera, outputs=("rgb", "alpha", "depth", "link_id"))
+    assert out.rgb is not None
     assert out.alpha is not None
     assert out.depth is not None
     assert out.link_id is not None
     alpha, depth, link = (t.flatten(0, 1) for t in (out.alpha, out.depth, out.link_id))
-    inside = alpha > COVERED
-    occluding, seam = contour_pixels(torch.where(inside, depth, torch.inf), link)
+    inside, tone = alpha > COVERED, out.rgb.flatten(0, 1) @ torch.tensor(TONE).to(alpha)
+    occluding, seam = contour_pixels(torch.where(inside, depth, torch.inf), link, tone)
     nearness = torch.where(inside, 1.0 / depth.clamp(min=1e-3), 0.0)
     dx, dy = (torch.zeros_like(nearness) for _ in range(2))
     dx[:, :, 1:-1] = nearness[:, :, 2:] - nearness[:, :, :-2]
@@ -144,9 +147,7 @@ def template_planes(
     return torch.stack([line, *double, -line, -inner], dim=1).unflatten(0, out.alpha.shape[:2])
 
 
-def turned(
-    T: Float[Tensor, "n 4 4"], middle: Float[Tensor, "n 2"], K: Float[Tensor, "3 3"]
-) -> Float[Tensor, "n 4 4"]:
+def turned(T: Float[Tensor, "n 4 4"], middle: Float[Tensor, "n 2"], K: Float[Tensor, "3 3"]) -> Float[Tensor, "n 4 4"]:
     """Cameras turned so that what lay on the optical axis comes to `middle` [px]."""
     ray = torch.cat([middle, torch.ones_like(middle[:, :1])], dim=-1) @ torch.linalg.inv(K).mT
     z = torch.nn.functional.normalize(ray, dim=-1)

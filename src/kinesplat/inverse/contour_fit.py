@@ -1,14 +1,14 @@
 """Joints from photographs without masks, in front of anything: found along the chain by contours, sharpened by them."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from kinesplat.inverse.coarse_to_fine import same_place
-from kinesplat.inverse.contour_objective import CHANCE, Evidence
+from kinesplat.inverse.contour_objective import Evidence
 from kinesplat.inverse.contour_search import (
     SCREEN,
     SHARPEN,
@@ -28,23 +28,10 @@ from kinesplat.self_model import SelfModel
 FINE = (ContourLevel(640, 1_000_000, 3.0, 8, 500), ContourLevel(640, 1_000_000, 1.5, 8, 800))
 STARTS, PARENTS = 16, 4
 NEIGHBOURS, NEIGHBOUR_SPREAD = 512, 0.45
+VARIED, RANDOM, LAST_JOINTS, LAST_STEP = 128, 512, 4, 0.6
 EQUAL = 0.01
 UNSEEN, RIVAL = 0.8, 0.08
 SYSTEMATIC = 12.0
-
-
-@dataclass(frozen=True)
-class ContourEnds:
-    """What was found: solutions of all levels of `FINE`, and what the pictures say about the last."""
-
-    solutions: list[Solution[Configurations]]
-    evidence: Evidence
-
-    @property
-    def losses(self) -> Float[Tensor, " n"]:
-        """Share that is missing of the evidence that the contours of the best answer could give: 1 is mere chance."""
-        most = CHANCE * self.evidence.length[self.evidence.total.argmax()].clamp(min=1.0)
-        return 1.0 - self.evidence.total / most
 
 
 def reconstruct_by_contours(
@@ -66,29 +53,33 @@ def reconstruct_by_contours(
         seed: of random neighbours of guesses.
     """
     began = time.perf_counter()
-    ends = found_by_contours(model, seen, reference, near, starts or STARTS, seed)
-    state, losses = ends.solutions[-1].state, ends.losses
+    solutions, proof = found_by_contours(model, seen, reference, near, starts or STARTS, seed)
+    state, losses = solutions[-1].state, proof.losses
     order = distinct(state, losses, reference[0])
     hypotheses = []
     for i in order:
-        camera = seen.camera if len(seen.rgb) > 1 else replace(seen.camera, K=seen.camera.K[0], T_cam_world=seen.camera.T_cam_world[0])
+        camera = (
+            seen.camera
+            if len(seen.rgb) > 1
+            else replace(seen.camera, K=seen.camera.K[0], T_cam_world=seen.camera.T_cam_world[0])
+        )
         hypotheses.append(Hypothesis(state.q[i], camera, losses[i].item()))
-    best, at = order[0], ends.solutions[-1].linearization
-    points = int(ends.evidence.length[best].item())
+    best, at = order[0], solutions[-1].linearization
+    points = int(proof.length[best].item())
     evidence = {
         "start": "contours",
         "unexplained": losses[best].item(),
         "gap": losses[order[1]].item() / losses[best].item() if len(order) > 1 else None,
-        "edge_distance": ends.evidence.cost[best].item(),
+        "edge_distance": proof.cost[best].item(),
         "contour_px": points,
     }
-    lengths = torch.tensor([0, *(len(s.losses) for s in ends.solutions[:-1])]).cumsum(0)
+    lengths = torch.tensor([0, *(len(s.losses) for s in solutions[:-1])]).cumsum(0)
     return FitResult(
         q=state.q[best],
         camera=hypotheses[0].camera,
-        loss_history=tuple(torch.cat([s.losses[:, best] for s in ends.solutions]).tolist()),
+        loss_history=tuple(torch.cat([s.losses[:, best] for s in solutions]).tolist()),
         level_starts=tuple(lengths.tolist()),
-        q_history=torch.stack([path.q[best] for s in ends.solutions for path in s.path]),
+        q_history=torch.stack([path.q[best] for s in solutions for path in s.path]),
         covariance=SYSTEMATIC**2 * covariance_of(at.hessian[best], at.loss[best].item(), points),
         variable_names=tuple(model.tree.joint_names),
         hypotheses=tuple(hypotheses),
@@ -108,24 +99,28 @@ def verdict_of(losses: list[float]) -> str:
 
 def found_by_contours(
     model: SelfModel, seen: Observation, reference: Float[Tensor, "n dof"], near: bool, starts: int, seed: int
-) -> ContourEnds:
-    """The distinct configurations that explain the edges best; arguments as in `reconstruct_by_contours`."""
+) -> tuple[list[Solution[Configurations]], Evidence]:
+    """The configurations that explain the edges best, and what the pictures say about those of the last level.
+
+    Arguments as in `reconstruct_by_contours`.
+    """
     influence = joint_influence(model)
-    screen, *fine = (objective_at(model, seen, level) for level in (SCREEN, *SHARPEN))
-    levels = list(zip(fine, SHARPEN, strict=True))
+    screen, fine = (objective_at(model, seen, level) for level in (SCREEN, SHARPEN))
+    levels = [(replace(screen, sigma_px=4.0), SCREEN), (screen, SCREEN), (fine, SHARPEN)]
     state = along_chain(model, seen, reference[0])
     if near:
         around = best_by_evidence(screen, neighbours(state, reference, seed), starts, influence)
         state = joined(state, sharpened(levels, around))
-    state = best_by_evidence(fine[-1], state, starts, influence)
-    others = aliases(state.select(torch.arange(min(PARENTS, len(state.q)))))
-    state = best_by_evidence(fine[-1], joined(state, sharpened(levels, others)), starts, influence)
+    state = best_by_evidence(fine, state, starts, influence)
+    parents = state.select(torch.arange(min(PARENTS, len(state.q))))
+    others = best_by_evidence(screen, variations(parents, seed), VARIED, influence)
+    state = best_by_evidence(fine, joined(state, sharpened(levels, others)), starts, influence)
     solutions = []
     for level in FINE:
         here = objective_at(model, seen, level)
         solutions.append(levenberg_marquardt(here.linearize, state, iterations=level.iterations))
         state = solutions[-1].state
-    return ContourEnds(solutions, objective_at(model, seen, FINE[-1]).evidence(state))
+    return solutions, here.evidence(state)
 
 
 def neighbours(like: Configurations, reference: Float[Tensor, "n dof"], seed: int) -> Configurations:
@@ -137,12 +132,14 @@ def neighbours(like: Configurations, reference: Float[Tensor, "n dof"], seed: in
     return replace(like, q=tree.clamp(q), T_cam_world=like.T_cam_world[:1].expand(count, -1, -1, -1))
 
 
-def aliases(state: Configurations) -> Configurations:
-    """Half turns of joints and turns about common axes, of every configuration."""
-    tree = state.tree
-    rows = [AliasMoves.of(tree).apply_all(state.q), *(collinear_turns(tree, q) for q in state.q)]
-    q = tree.clamp(torch.cat(rows))
-    return replace(state, q=q, T_cam_world=state.T_cam_world[:1].expand(len(q), -1, -1, -1))
+def variations(parents: Configurations, seed: int) -> Configurations:
+    """Half turns of joints, turns about common axes, and random variations of the last joints."""
+    tree = parents.tree
+    rows = [AliasMoves.of(tree).apply_all(parents.q), *(collinear_turns(tree, q) for q in parents.q)]
+    noise = torch.randn(RANDOM, tree.dof, generator=torch.Generator().manual_seed(seed)) * joint_scale(tree)
+    noise[:, : max(0, tree.dof - LAST_JOINTS)] = 0.0
+    q = tree.clamp(torch.cat([*rows, parents.q.repeat(RANDOM, 1)[:RANDOM] + LAST_STEP * noise]))
+    return replace(parents, q=q, T_cam_world=parents.T_cam_world[:1].expand(len(q), -1, -1, -1))
 
 
 def distinct(state: Configurations, losses: Float[Tensor, " n"], reference: Float[Tensor, " dof"]) -> list[int]:

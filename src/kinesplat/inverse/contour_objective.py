@@ -29,7 +29,7 @@ CHUNK = 128
 INNER_POINTS = 200
 BRIGHT, DARK, STRAY = 1.6, 0.4, 0.12
 CHANCE = 2.0
-INNER_WEIGHT, STRAY_WEIGHT = 1.0, 0.5
+INNER_WEIGHT, STRAY_WEIGHT = 0.5, 0.5
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,25 @@ class Evidence:
         length: ``(batch,)`` weighted number of contour pixels.
         inner: ``(batch,)`` edges where the robot should have none, in pixels.
         stray: ``(batch,)`` pixels of the robot of a colour that it does not have in any light.
+        chance: the cost from which on contours speak against a guess.
     """
 
     cost: Float[Tensor, " batch"]
     length: Float[Tensor, " batch"]
     inner: Float[Tensor, " batch"]
     stray: Float[Tensor, " batch"]
+    chance: float
+
+    @property
+    def losses(self) -> Float[Tensor, " batch"]:
+        """Share that is missing of the evidence that the contours of the best guess could give: 1 is mere chance."""
+        most = self.chance * self.length[self.total.argmax()].clamp(min=1.0)
+        return 1.0 - self.total / most
 
     @property
     def total(self) -> Float[Tensor, " batch"]:
-        """The more, the better; about 0 where contours meet edges by chance."""
-        return self.length * (CHANCE - self.cost) - INNER_WEIGHT * self.inner - STRAY_WEIGHT * self.stray
+        """The more, the better; below 0 where contours meet edges by chance."""
+        return self.length * (self.chance - self.cost) - INNER_WEIGHT * self.inner - STRAY_WEIGHT * self.stray
 
 
 @dataclass(frozen=True)
@@ -75,11 +83,12 @@ class ContourObjective:
     """Distances of contours from edges, per point averaged over all views.
 
     Attributes:
-        model: what is rendered.
+        model: what is rendered, `unlit`.
         seen: the photographs.
         poses: from a state that Levenberg-Marquardt moves to poses.
         sigma_px: deviation of the edges from the contours; edges are looked for 2.5 times as far.
         points: number of contour points of a view.
+        chance: see `Evidence`.
     """
 
     model: SelfModel
@@ -87,6 +96,7 @@ class ContourObjective:
     poses: Callable[[Any], Poses]
     sigma_px: float
     points: int = 300
+    chance: float = CHANCE
 
     def linearize(self, at: Any) -> Linearization:
         """Loss, gradient and Gauss-Newton Hessian in square pixels; the search for edges counts as constant."""
@@ -95,7 +105,7 @@ class ContourObjective:
         loss, gradient, hessian = (torch.zeros(batch, *tail).to(poses.q) for tail in ((), (p,), (p, p)))
         for view in range(views):
             camera = view_of(poses.camera, view)
-            render = self.model.render(poses.q[:, view], camera, outputs=OUTPUTS[1:])
+            render = self.model.render(poses.q[:, view], camera, outputs=OUTPUTS)
             contours = Contours.of(render, camera, self.points)
             cost, weight, distance = self.matched(contours, view)
             share = contours.weights / (contours.weights.sum(dim=1, keepdim=True).clamp(min=1.0) * views)
@@ -112,7 +122,7 @@ class ContourObjective:
         poses = self.poses(at)
         chunks = [self._evidence(poses, rows) for rows in torch.arange(len(poses.q)).split(CHUNK)]
         cost, length, inner, stray = torch.cat(chunks).unbind(-1)
-        return Evidence(cost / length.clamp(min=1.0), length, inner, stray)
+        return Evidence(cost / length.clamp(min=1.0), length, inner, stray, self.chance)
 
     def _evidence(self, poses: Poses, rows: Tensor) -> Float[Tensor, "batch 4"]:
         sums = torch.zeros(len(rows), 4).to(poses.q)

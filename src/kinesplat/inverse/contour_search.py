@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kinesplat.camera import Camera
 from kinesplat.inverse.contour_objective import ContourObjective, Poses
+from kinesplat.inverse.contours import unlit
 from kinesplat.inverse.edges import EdgePictures
 from kinesplat.inverse.levenberg_marquardt import levenberg_marquardt
 from kinesplat.inverse.objective import Configurations
@@ -24,9 +25,10 @@ from kinesplat.self_model import SelfModel
 from kinesplat.twists import adjoint
 
 STEP = 0.26
-SCREENED, KEPT = 200, 150
+SCREENED, KEPT = 300, 120
 APART = 0.1
 BATCH = 64
+RANDOM, CHANCE_SHARE = 48, 0.72
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,22 @@ class ContourLevel:
     points: int
 
 
-SCREEN = ContourLevel(160, 1_000, 2.0, 4, 150)
-SHARPEN = (ContourLevel(160, 1_000, 2.0, 4, 150), ContourLevel(320, 3_000, 1.5, 4, 250))
+SCREEN = ContourLevel(240, 2_000, 3.0, 3, 150)
+SHARPEN = ContourLevel(320, 3_000, 1.5, 4, 250)
 
 
 def objective_at(model: SelfModel, seen: Observation, level: ContourLevel) -> ContourObjective:
-    """The objective of a level for `Configurations`."""
+    """The objective of a level for `Configurations`; what random configurations cost says what chance is."""
     pictures = EdgePictures.of(seen.resized(level.px))
-    return ContourObjective(model.subsample(level.splats), pictures, poses_on(pictures), level.sigma_px, level.points)
+    coarse = unlit(model.subsample(level.splats))
+    objective = ContourObjective(coarse, pictures, poses_on(pictures), level.sigma_px, level.points)
+    lower, upper = one_turn(model.tree)
+    share = torch.rand(RANDOM, model.tree.dof, generator=torch.Generator().manual_seed(0))
+    T = seen.camera.T_cam_world.expand(RANDOM, -1, 4, 4)
+    random = Configurations(model.tree, lower + (upper - lower) * share, T, False)
+    cost = objective.evidence(random).cost
+    cost = cost[cost > 0.0]
+    return replace(objective, chance=CHANCE_SHARE * cost.mean().item()) if len(cost) else objective
 
 
 def poses_on(pictures: EdgePictures) -> Callable[[Configurations], Poses]:
@@ -71,9 +81,7 @@ def poses_on(pictures: EdgePictures) -> Callable[[Configurations], Poses]:
     return poses
 
 
-def sharpened(
-    levels: Sequence[tuple[ContourObjective, ContourLevel]], state: Configurations
-) -> Configurations:
+def sharpened(levels: Sequence[tuple[ContourObjective, ContourLevel]], state: Configurations) -> Configurations:
     """Every configuration after Levenberg-Marquardt on all levels in turn, some at a time."""
     for objective, level in levels:
         parts = [state.select(rows) for rows in torch.arange(len(state.q)).split(BATCH)]
@@ -93,7 +101,7 @@ def along_chain(model: SelfModel, seen: Observation, reference: Float[Tensor, " 
     tree = model.tree
     lower, upper = (bound.float() for bound in one_turn(tree))
     influence = joint_influence(model)
-    screen, *fine = (objective_at(model, seen, level) for level in (SCREEN, *SHARPEN))
+    both = [objective_at(model, seen, level) for level in (SCREEN, SHARPEN)]
     state = Configurations(tree, reference[None].float(), seen.camera.T_cam_world[None], False)
     for joint in range(tree.dof):
         values = grid(lower[joint].item(), upper[joint].item(), STEP * joint_scale(tree)[joint].item())
@@ -102,10 +110,12 @@ def along_chain(model: SelfModel, seen: Observation, reference: Float[Tensor, " 
         if len(state.q) <= SCREENED and joint < tree.dof - 1:
             continue
         links = fixed_links(tree, joint)
-        here, *finer = (replace(objective, model=only_links(objective.model, links)) for objective in (screen, *fine))
-        state = best_by_evidence(here, state, SCREENED, influence)
-        state = sharpened(list(zip(finer, SHARPEN, strict=True)), state)
-        state = best_by_evidence(finer[-1], state, KEPT, influence)
+        coarse, fine = (replace(objective, model=only_links(objective.model, links)) for objective in both)
+        state = best_by_evidence(coarse, state, SCREENED, influence)
+        state = sharpened([(coarse, SCREEN)], state)
+        state = best_by_evidence(coarse, state, KEPT, influence)
+        state = sharpened([(fine, SHARPEN)], state)
+        state = best_by_evidence(fine, state, KEPT, influence)
     return state
 
 

@@ -1,21 +1,25 @@
-"""Contours of a rendered robot: where it hides what is behind it, and where one link meets the next.
+"""Contours of a rendered robot: where it hides what is behind it, where links meet, and where its colour changes.
 
 White before white has no outline by colour, but these lines show in photographs all the same.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor
 
 from kinesplat.camera import Camera
+from kinesplat.inverse.lighting import albedo_of
 from kinesplat.rasterizer import Render
+from kinesplat.rasterizer.spherical_harmonics import SH_C0
+from kinesplat.self_model import SelfModel
 
 DEPTH_JUMP = 0.02
 PATCH = 2
 PATCH_SIGMA = 1.0
 SEAM_WEIGHT = 0.5
+TONE, TONE_STEP = (0.9, 0.6, -0.5), 0.15
 COVERED = 0.5
 
 
@@ -46,16 +50,18 @@ class Contours:
         """At most `count` points of every picture, spread evenly over its contours.
 
         Args:
-            render: alpha, depth and link_id, batch ``(batch,)``.
+            render: colours without shading (`unlit`), alpha, depth and link_id, batch ``(batch,)``.
             camera: of the pictures, batch ``(batch,)`` or ``()``.
         """
         alpha, depth, link = render.alpha, render.depth, render.link_id
+        assert render.rgb is not None
         assert alpha is not None
         assert depth is not None
         assert link is not None
         inside = alpha > COVERED
         z = torch.where(inside, depth, torch.inf)
-        occluding, seam = contour_pixels(z, link)
+        tone = render.rgb @ torch.tensor(TONE).to(alpha)
+        occluding, seam = contour_pixels(z, link, tone)
         lines = occluding | seam
         rows, valid = spread_choice(lines, count)
         batch, height, width = alpha.shape
@@ -68,8 +74,9 @@ class Contours:
         at = b[..., None, None]
         hidden = 1.0 - alpha[at, py, px]
         further = (inside[at, py, px] & (z[at, py, px] > jump[..., None, None])).to(hidden)
-        own = (link[b, y, x])[..., None, None]
-        other = (inside[at, py, px] & (link[at, py, px] != own)).to(hidden)
+        differs = (tone[at, py, px] - tone[b, y, x][..., None, None]).abs() > TONE_STEP
+        differs = differs | (link[at, py, px] != link[b, y, x][..., None, None])
+        other = (inside[at, py, px] & differs).to(hidden)
         rim = occluding[b, y, x]
         behind = torch.where(rim[..., None, None], torch.maximum(hidden, further), torch.maximum(hidden, other))
         normals, shift = straight_edge(behind)
@@ -85,15 +92,18 @@ class Contours:
 
 
 def contour_pixels(
-    z: Float[Tensor, "batch height width"], link: Integer[Tensor, "batch height width"]
+    z: Float[Tensor, "batch height width"],
+    link: Integer[Tensor, "batch height width"],
+    tone: Float[Tensor, "batch height width"],
 ) -> tuple[Bool[Tensor, "batch height width"], Bool[Tensor, "batch height width"]]:
-    """Pixels on the near side of an occluding contour, and those on a seam between two links.
+    """Pixels on the near side of an occluding contour, and those on a seam between two links or colours.
 
     The border of the picture is no contour.
 
     Args:
         z: depth, infinite off the robot.
         link: of every pixel, -1 off the robot.
+        tone: of its colour.
     """
     further = (1.0 + DEPTH_JUMP) * z
     occluding, seam = (torch.zeros(z.shape, dtype=torch.bool, device=z.device) for _ in range(2))
@@ -103,8 +113,8 @@ def contour_pixels(
         first, second = z[b] > further[a], z[a] > further[b]
         occluding[a] |= first
         occluding[b] |= second
-        seam[a] |= (link[a] != link[b]) & ~(first | second)
-    return occluding, seam & ~occluding
+        seam[a] |= ((link[a] != link[b]) | ((tone[a] - tone[b]).abs() > TONE_STEP)) & ~(first | second)
+    return occluding, seam & ~occluding & torch.isfinite(z)
 
 
 def length_of(
@@ -178,8 +188,17 @@ def straight_edge(
     window = torch.exp(-0.5 * (step[:, None] ** 2 + step[None] ** 2) / PATCH_SIGMA**2)
     window = window / window.sum()
     weighted = behind * window
-    slope = torch.stack([(weighted * step[None]).sum(dim=(-2, -1)), (weighted * step[:, None]).sum(dim=(-2, -1))], dim=-1)
+    slope = torch.stack(
+        [(weighted * step[None]).sum(dim=(-2, -1)), (weighted * step[:, None]).sum(dim=(-2, -1))], dim=-1
+    )
     share = weighted.sum(dim=(-2, -1)).clamp(0.01, 0.99)
     size = slope.norm(dim=-1, keepdim=True)
     normals = torch.where(size > 0.02, slope / size.clamp(min=1e-9), 0.0)
     return normals, -PATCH_SIGMA * torch.special.ndtri(share)
+
+
+def unlit(model: SelfModel) -> SelfModel:
+    """The model with colours that no light shades: those which a headlight straight in front of them shows."""
+    splats = model.parameters.activate()
+    sh = ((albedo_of(splats) - 0.5) / SH_C0)[:, None]
+    return replace(model, parameters=replace(model.parameters, sh=sh, sh_direction="splat"), shader=None)

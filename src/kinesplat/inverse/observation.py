@@ -31,6 +31,7 @@ class Observation:
             mask tells the robot apart. Pixels off the mask are set to it.
         backdrop: ``(views, height, width, 3)`` what is behind the robot, pixel by pixel, in place of `background`; for
             pictures without a mask.
+        unknown: whether nothing is known of what is behind the robot: neither masks nor a backdrop, nor one colour.
     """
 
     rgb: Float[Tensor, "views height width 3"]
@@ -38,10 +39,17 @@ class Observation:
     camera: Camera
     background: Float[Tensor, "3"]
     backdrop: Float[Tensor, "views height width 3"] | None = None
+    unknown: bool = False
 
     @classmethod
     def create(
-        cls, images: ImageLike, masks: ImageLike | None, camera: Camera, backdrop: ImageLike | None = None
+        cls,
+        images: ImageLike,
+        masks: ImageLike | None,
+        camera: Camera,
+        backdrop: ImageLike | None = None,
+        *,
+        unknown: bool = False,
     ) -> "Observation":
         """Check and convert what a user passes.
 
@@ -51,6 +59,7 @@ class Observation:
             masks: the same without the last axis; bool, float in [0, 1] or uint8; or None.
             camera: one camera per view.
             backdrop: the scene without the robot, one picture for all views or one each, instead of masks.
+            unknown: whether pictures without masks may show the robot in front of anything.
 
         Raises:
             InputError: wrong type, shape, range, NaN, or an image size that is not the camera's.
@@ -72,6 +81,8 @@ class Observation:
             return cls(rgb, None, camera, torch.ones(3), _backdrop(backdrop, rgb))
         if masks is None:
             plain = plain_background(rgb)
+            if plain is None and unknown:
+                return cls(rgb, None, camera, torch.ones(3), unknown=True)
             if plain is None:
                 raise InputError(
                     "the image borders are not of one colour, so the background is not plain: give masks or a backdrop"
@@ -107,12 +118,13 @@ class Observation:
         mask = None if self.mask is None else torch.nn.functional.adaptive_avg_pool2d(self.mask[:, None], size)[:, 0]
         backdrop = None if self.backdrop is None else shrunk(self.backdrop, *size)
         camera = self.camera.resized(size[1], size[0])
-        return type(self)(shrunk(self.rgb, *size), mask, camera, self.background, backdrop)
+        return type(self)(shrunk(self.rgb, *size), mask, camera, self.background, backdrop, self.unknown)
 
     def to(self, device: torch.device) -> "Observation":
         """The same on another device."""
         mask, backdrop = (None if t is None else t.to(device) for t in (self.mask, self.backdrop))
-        return type(self)(self.rgb.to(device), mask, self.camera.to(device), self.background.to(device), backdrop)
+        moved = self.rgb.to(device), mask, self.camera.to(device), self.background.to(device), backdrop
+        return type(self)(*moved, self.unknown)
 
     def behind(self) -> Float[Tensor, "*shape 3"]:
         """Colours where there is no robot: the backdrop, or the one background colour."""

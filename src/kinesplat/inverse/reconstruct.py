@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kinesplat.camera import Camera
+from kinesplat.errors import InputError
 from kinesplat.inverse.attempts import Attempt, Problem, planned
 from kinesplat.inverse.coarse_to_fine import Refinement, levels_for, refine, same_place
+from kinesplat.inverse.contour_fit import reconstruct_by_contours
 from kinesplat.inverse.initializer import Initializer
 from kinesplat.inverse.objective import Configurations, PhotometricObjective
 from kinesplat.inverse.observation import ImageLike, Observation, given_camera
@@ -55,6 +57,10 @@ def reconstruct(
     that no pixel shows are as there. Joint limits are respected. Pictures are rendered on the model's device; the
     result is on the CPU.
 
+    A picture without a mask whose background is not of one colour is fitted by the robot's contours
+    (`kinesplat.inverse.contour_fit`): joint by joint along the chain, then all of them up to 640 px. Its loss is the
+    share that is missing of the evidence that edges could give: 0 is all of it, 1 what chance gives.
+
     A photograph, whose colours another light made, gets a second look in that light, up to 512 px
     (`kinesplat.inverse.photograph`); it is known by its mask and by colours that an estimated light explains better.
 
@@ -65,8 +71,8 @@ def reconstruct(
         camera: one camera or one per view; with `optimize_camera` it is the first guess, right within about 0.1 rad and
             5 % of the distance, or None: then every direction is tried, and the distance follows from the mask.
         K: ``(3, 3)`` intrinsics [px] that replace those of `camera`; needed where `camera` is None.
-        masks: ``(height, width)`` or ``(views, height, width)``, 1 on the robot. Without masks the background must be
-            of one colour.
+        masks: ``(height, width)`` or ``(views, height, width)``, 1 on the robot. Not needed before one colour; before
+            anything else the camera must be known then.
         q_init: ``(dof,)`` start, or ``(m, dof)`` several, which get no neighbours [rad]/[m]; default: no idea.
         optimize_camera: also move every camera, six numbers a view.
         starts: number of starts that are optimised, in a single attempt; with 1, `q_init` gets no neighbours. Default:
@@ -85,7 +91,9 @@ def reconstruct(
     if isinstance(images, Observation):
         observation = images
     else:
-        observation = Observation.create(images, masks, given_camera(camera, K, images, optimize_camera))
+        observation = Observation.create(
+            images, masks, given_camera(camera, K, images, optimize_camera), unknown=not optimize_camera
+        )
     learned = Initializer.packaged(on_cpu) if initializer is None else initializer or None
     if learned is not None:
         learned.check_fits(on_cpu)
@@ -94,13 +102,28 @@ def reconstruct(
     problem = Problem(on_cpu, observation, q_init, seed, optimize_camera, known, learned, colour_weight, priors, device)
     if q_init is not None and known:
         on_cpu.check_camera(problem.reference[0], observation.camera)
-    fit = first_look(problem, attempts)
+    fit = before_anything(problem, starts) if observation.unknown else first_look(problem, attempts)
     light = None if fit.evidence["unexplained"] < EXPLAINED else light_of(on_cpu, observation, fit)
     if light is not None:
         fit = seen_again(on_cpu, observation, fit, light, seed, device)
     if not optimize_camera:
         on_cpu.check_camera(fit.q, fit.camera)
     return replace(at_rest(on_cpu, fit, problem.reference), seconds=time.perf_counter() - began)
+
+
+def before_anything(problem: Problem, starts: int | None) -> FitResult:
+    """The answer where nothing tells the robot from what is behind it but its contours.
+
+    Raises:
+        InputError: free cameras, soft terms, or splats that do not ride on one link each.
+    """
+    if problem.camera_free or problem.priors is not None or problem.model.skinning is not None:
+        raise InputError(
+            "the background is not plain and there are no masks: only the joints of a model without a skinning field "
+            "are found then, with known cameras and without priors; give masks or a backdrop"
+        )
+    near, seed = problem.q_init is not None, problem.seed
+    return reconstruct_by_contours(problem.model, problem.observation, problem.reference, near, starts, seed)
 
 
 def first_look(problem: Problem, attempts: list[Attempt]) -> FitResult:

@@ -108,6 +108,8 @@ class FitResult:
             lines.append(f"  other answers fit nearly as well; they differ in {', '.join(self.ambiguous_joints)}")
         if self.evidence.get("start") == "initializer":
             lines.append("  from a learned start")
+        if self.evidence.get("start") == "contours":
+            lines.append("  neither masks nor a plain background: found by the robot's contours")
         for name, value, deviation in zip(self.variable_names, self.q.tolist(), std, strict=False):
             lines.append(f"  {name:<24} {value:+.4f} +- {deviation:.1g}")
         for name in self.weak_variables:

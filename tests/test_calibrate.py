@@ -232,8 +232,8 @@ def test_bad_input(kinearm: ks.SelfModel) -> None:
         ks.calibrate(kinearm, rgb, q, torch.eye(4), alpha)
     with pytest.raises(InputError, match="no rigid motion"):
         ks.calibrate(kinearm, rgb, q, camera.K, alpha, 2.0 * torch.eye(4))
-    with pytest.raises(InputError, match="neither masks nor a plain background"):
-        ks.calibrate(kinearm, torch.rand(2, 32, 32, 3), q, camera.K)
+    with pytest.raises(InputError, match="focal length needs masks"):
+        ks.calibrate(kinearm, torch.rand(2, 32, 32, 3), q, camera.K, free=("focal",))
     with pytest.raises(InputError, match="holds no configuration"):
         ks.calibrate(kinearm, rgb[:0], q[:0], camera.K)
 

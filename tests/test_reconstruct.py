@@ -274,7 +274,7 @@ def test_bad_input_is_named(kinearm: SelfModel, unchecked_types: None) -> None:
         ({"images": rgb[:100]}, "the camera says"),
         ({"masks": alpha[:100]}, "masks have shape"),
         ({"masks": torch.zeros_like(alpha)}, "mask is empty"),
-        ({"images": torch.rand_like(rgb), "masks": None}, "give masks"),
+        ({"images": torch.rand_like(rgb), "masks": None, "optimize_camera": True}, "give masks"),
         ({"images": torch.ones_like(rgb), "masks": None}, "no robot"),
         ({"camera": None}, "camera is None"),
         (

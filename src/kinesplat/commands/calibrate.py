@@ -59,10 +59,10 @@ def calibrate(
     """Recover where cameras stand from pictures of the robot with known joint values.
 
     FOLDER holds images/ with the pictures; masks/ with a mask of the same name for each (white on the robot; may be
-    absent if the background is plain, with --backdrop, or with three pictures or more); the readings as q.csv (header
-    "image" and the joint names; one row per picture) or q.json ({"NAME.png": [...], ...}), [rad]/[m]; and camera.json
-    with "K" [px] and, if there is a first guess, "T_cam_base" (4 x 4; with --mount "T_cam_link"). Several cameras: one
-    such folder for each inside FOLDER.
+    absent if the background is plain, with --backdrop, learned from three pictures or more, or left to the robot's
+    contours); the readings as q.csv (header "image" and the joint names; one row per picture) or q.json ({"NAME.png":
+    [...], ...}), [rad]/[m]; and camera.json with "K" [px] and, if there is a first guess, "T_cam_base" (4 x 4; with
+    --mount "T_cam_link"). Several cameras: one such folder for each inside FOLDER.
     Writes calibration.json, camera.json (for --camera of other commands) and an overlay of every picture. Exits with 1
     when the calibration failed.
 

@@ -78,8 +78,8 @@ def reconstruct(
         images: picture files.
         camera: JSON file with K, T_cam_world, width, height, or a list of such, one per picture.
         intrinsics: FX FY CX CY [px] where no more is known of the camera: joints and camera are searched together.
-        mask: one mask per picture, white on the robot; needed where camera or priors are wanted before a background that
-            is not of one colour.
+        mask: one mask per picture, white on the robot; before one colour they are not needed, before anything else the
+            camera must be known without them.
         q_init: joint values to start from, right within about 0.3 rad; default: search all configurations.
         optimize_camera: also move the camera, starting from the given one.
         starts: number of starts that are optimised; default 32, or 48 without q_init.

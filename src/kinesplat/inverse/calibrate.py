@@ -12,9 +12,19 @@ from torch import Tensor
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError, unknown
 from kinesplat.inverse.backdrop import median_backdrop
-from kinesplat.inverse.calibration import CalibrationObjective, CameraGuesses, Level, Rig, at_level, base_in_world
+from kinesplat.inverse.calibration import (
+    CalibrationObjective,
+    CameraGuesses,
+    Level,
+    Rig,
+    at_level,
+    base_in_world,
+    others,
+    spread_groups,
+)
 from kinesplat.inverse.calibration_result import CalibrationResult, explained, summary
 from kinesplat.inverse.camera_search import find_camera
+from kinesplat.inverse.contour_calibration import calibrated_by_contours
 from kinesplat.inverse.levenberg_marquardt import Solution, levenberg_marquardt
 from kinesplat.inverse.observation import ImageLike, Observation, plain_background
 from kinesplat.kinematics import KinematicTree
@@ -25,7 +35,6 @@ FINE_LEVELS = (Level(256, 1_000_000, 30, 0.5), Level(512, 1_000_000, 15, 0.25))
 FINEST_IMAGES = 30
 SEARCHES = 3
 REFIT_ITERATIONS = 6
-SPREAD_GROUPS = 10
 DROPPED_RATIO = 2.0
 BACKDROP_IMAGES = 3
 
@@ -60,7 +69,9 @@ def calibrate(
         q: ``(images, dof)`` joint readings [rad]/[m].
         K: ``(3, 3)`` intrinsics [px] of the camera, or ``(cams, 3, 3)``.
         masks: ``(images, height, width)``, 1 on the robot. Without masks: a background of one colour, or `backdrop`, or
-            at least three images of every camera, whose median then stands for the background.
+            at least three images of every camera, whose median then stands for the background. Where there are fewer,
+            or the answer fails, the robot's contours alone are looked for (`kinesplat.inverse.contour_calibration`);
+            without a first guess from level cameras only, unless they ride on a link.
         T_cam_base_init: ``(4, 4)`` or ``(cams, 4, 4)`` first guess, right within about 0.3 rad and a fifth of the
             distance: of `T_cam_base`, or of ``T_cam_link`` with `mount`. Default: no idea.
         camera_of_image: which camera took each image, counted from 0; default: all are of one camera.
@@ -83,14 +94,33 @@ def calibrate(
     objective = CalibrationObjective(model, seen, full, device=device)
     with Progress(disable=not progress, transient=True) as bar:
         given = None if T_cam_base_init is None else checked_transforms(T_cam_base_init, rig)
-        solutions, finest = looked_for(objective, rig, K, given, seed, bar)
-        groups = spread_groups(rig)
-        task = bar.add_task("leaving images out", total=len(groups))
-        without = []
-        for rows in groups:
-            without.append(refitted(finest, solutions[-1], rows))
-            bar.advance(task)
-    return summary(finest, solutions, without, groups, time.perf_counter() - began)
+        if not seen.unknown:
+            result = by_pixels(objective, rig, K, given, seed, bar)
+            learned = masks is None and backdrop is None and seen.backdrop is not None
+            if result.verdict != "failed" or not learned or rig.focal_free:
+                return replace(result, seconds=time.perf_counter() - began)
+            objective = replace(objective, observation=replace(seen, backdrop=None, unknown=True))
+        result = calibrated_by_contours(objective, rig, K, given, seed, bar)
+        return replace(result, seconds=time.perf_counter() - began)
+
+
+def by_pixels(
+    objective: CalibrationObjective,
+    rig: Rig,
+    K: Float[Tensor, "cams 3 3"],
+    given: Float[Tensor, "cams 4 4"] | None,
+    seed: int,
+    bar: Progress,
+) -> CalibrationResult:
+    """The cameras where masks, a plain background or a backdrop tell the robot from what is behind it."""
+    solutions, finest = looked_for(objective, rig, K, given, seed, bar)
+    groups = spread_groups(rig)
+    task = bar.add_task("leaving images out", total=len(groups))
+    without = []
+    for rows in groups:
+        without.append(refitted(finest, solutions[-1], rows))
+        bar.advance(task)
+    return summary(finest, solutions, without, groups, 0.0)
 
 
 def looked_for(
@@ -178,6 +208,9 @@ def observed(
         return full, Observation.create(rgb, None, view, torch.cat([s.resized(finest).rgb for s in scenes]))
     if plain_background(rgb) is not None:
         return full, Observation.create(rgb, None, view)
+    fewest = int(torch.bincount(rig.camera_of_image).min())
+    if rig.mount is not None or fewest < BACKDROP_IMAGES:
+        return full, Observation.create(rgb, None, view, unknown=True)
     return full, Observation.create(rgb, None, view, _medians(rgb, rig))
 
 
@@ -193,12 +226,6 @@ def _checked_backdrop(backdrop: ImageLike, full: Camera, count: int) -> list[Obs
 
 def _medians(rgb: Float[Tensor, "images height width 3"], rig: Rig) -> Float[Tensor, "images height width 3"]:
     """The median picture of every image's camera."""
-    counts = torch.bincount(rig.camera_of_image)
-    if rig.mount is not None or int(counts.min()) < BACKDROP_IMAGES:
-        raise InputError(
-            "the images have neither masks nor a plain background; give masks, a backdrop, "
-            f"or at least {BACKDROP_IMAGES} images of every camera, which must stand still"
-        )
     medians = torch.stack([median_backdrop(rgb[rig.camera_of_image == c]) for c in range(rig.cameras)])
     return medians[rig.camera_of_image]
 
@@ -257,21 +284,6 @@ def sharpened(
         guesses = solutions[-1].state.select(losses.argsort()[: int((losses < DROPPED_RATIO * losses.min()).sum())])
         bar.advance(task)
     return solutions, here
-
-
-def spread_groups(rig: Rig) -> list[Tensor]:
-    """Groups of images that are left out in turn; every camera keeps at least one image without each of them."""
-    count = len(rig.q)
-    groups = [torch.arange(count)[g::SPREAD_GROUPS] for g in range(min(count, SPREAD_GROUPS))]
-    kept = [torch.bincount(rig.camera_of_image[others(g, count)], minlength=rig.cameras) for g in groups]
-    return [g for g, k in zip(groups, kept, strict=True) if int(k.min()) > 0]
-
-
-def others(rows: Tensor, count: int) -> Tensor:
-    """The indices below `count` that are not in `rows`."""
-    keep = torch.ones(count, dtype=torch.bool)
-    keep[rows] = False
-    return torch.nonzero(keep)[:, 0]
 
 
 def refitted(finest: CalibrationObjective, last: Solution[CameraGuesses], left_out: Tensor) -> CameraGuesses:

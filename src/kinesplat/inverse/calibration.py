@@ -19,6 +19,7 @@ from kinesplat.self_model import SelfModel
 from kinesplat.twists import adjoint, exp_twist
 
 TWIST_NAMES = ("vx", "vy", "vz", "wx", "wy", "wz")
+SPREAD_GROUPS = 10
 FOCAL_STEP = 1e-3
 
 
@@ -355,6 +356,21 @@ def at_level(objective: CalibrationObjective, level: Level) -> CalibrationObject
         observation=objective.observation.resized(level.px),
         robust=level.robust,
     )
+
+
+def spread_groups(rig: Rig) -> list[Tensor]:
+    """Groups of images that are left out in turn; every camera keeps at least one image without each of them."""
+    count = len(rig.q)
+    groups = [torch.arange(count)[g::SPREAD_GROUPS] for g in range(min(count, SPREAD_GROUPS))]
+    kept = [torch.bincount(rig.camera_of_image[others(g, count)], minlength=rig.cameras) for g in groups]
+    return [g for g, k in zip(groups, kept, strict=True) if int(k.min()) > 0]
+
+
+def others(rows: Tensor, count: int) -> Tensor:
+    """The indices below `count` that are not in `rows`."""
+    keep = torch.ones(count, dtype=torch.bool)
+    keep[rows] = False
+    return torch.nonzero(keep)[:, 0]
 
 
 def base_in_world(tree: KinematicTree) -> Float[Tensor, "4 4"]:

@@ -16,6 +16,7 @@ from kinesplat.inverse.calibration_covariance import displaced_covariance
 from kinesplat.inverse.camera_search import angles_between
 from kinesplat.inverse.levenberg_marquardt import Solution
 from kinesplat.kinematics import KinematicTree
+from kinesplat.self_model import SelfModel
 
 UNEXPLAINED_FAILURE = 0.5
 IOU_FAILURE = 0.75
@@ -32,7 +33,8 @@ class ImageQuality:
 
     Attributes:
         loss: its own loss; the mean over the images is what was minimised.
-        iou: of the rendered silhouette and the mask (without masks: what differs from the background).
+        iou: of the rendered silhouette and the mask (without masks: what differs from the background; NaN
+            where contours alone told the robot from it).
         shift_mm: how far its camera's position in the base frame moves when the image (or its group) is left out [mm].
         shift_deg: how far the camera turns then [deg]; NaN where the camera has no other image.
     """
@@ -154,7 +156,8 @@ class CalibrationResult:
             moved = (
                 "" if math.isnan(image.shift_mm) else f", without it {image.shift_mm:.1f} mm, {image.shift_deg:.2f} deg"
             )
-            lines.append(f"  image {i}: loss {image.loss:.3g}, IoU {image.iou:.3f}{moved}")
+            overlap = "" if math.isnan(image.iou) else f", IoU {image.iou:.3f}"
+            lines.append(f"  image {i}: loss {image.loss:.3g}{overlap}{moved}")
         for rank, other in enumerate(self.hypotheses[1:], start=2):
             away = angles_between(other.T_cam_mount, self.T_cam_mount).max().item()
             lines.append(f"  hypothesis {rank}: loss {other.loss:.3g}, {math.degrees(away):.0f} deg away")
@@ -207,21 +210,61 @@ def summary(
         InputError: a camera ended up inside the robot.
     """
     last = solutions[-1]
-    losses = last.linearization.loss
-    best = last.state.select(losses.argmin()[None])
-    rig, camera = best.rig, best.camera(finest.full, finest.full.width, finest.full.height)
+    best = last.state.select(last.linearization.loss.argmin()[None])
+    shifts = [camera_shifts(other, best) for other in without]
+    return assembled(
+        finest.model,
+        finest.full,
+        best,
+        explained(solutions, finest),
+        distinct_answers(last.state, last.linearization.loss),
+        about_cameras(displaced_covariance(finest, best), best),
+        shifts,
+        image_qualities(finest, best, shifts, groups),
+        tuple(v for s in solutions for v in s.losses.amin(dim=1).tolist()),
+        seconds,
+    )
+
+
+def assembled(
+    model: SelfModel,
+    full: Camera,
+    best: CameraGuesses,
+    explains: bool,
+    hypotheses: tuple[CameraHypothesis, ...],
+    covariance: Float[Tensor, "p p"],
+    shifts: list[tuple[Tensor, Tensor]],
+    images: tuple[ImageQuality, ...],
+    history: tuple[float, ...],
+    seconds: float,
+) -> CalibrationResult:
+    """The result.
+
+    Args:
+        model: whose inside no camera may see.
+        full: any camera of the size of the images.
+        best: the answer, a batch of one.
+        explains: whether it explains the images.
+        hypotheses: distinct answers, best first.
+        covariance: with the cameras' twists about their own centres.
+        shifts: of the answers without some images, see `camera_shifts`.
+        images: image by image.
+        history: of the loss.
+        seconds: wall time.
+
+    Raises:
+        InputError: a camera ended up inside the robot.
+    """
+    rig, camera = best.rig, best.camera(full, full.width, full.height)
     cameras = replace(camera, K=camera.K[0], T_cam_world=camera.T_cam_world[0])
     for i, q in enumerate(best.q[0]):
-        finest.model.check_camera(q, replace(cameras, K=cameras.K[i], T_cam_world=cameras.T_cam_world[i]))
+        model.check_camera(q, replace(cameras, K=cameras.K[i], T_cam_world=cameras.T_cam_world[i]))
     if rig.mount is None:
         first = [int(torch.nonzero(rig.camera_of_image == c)[0]) for c in range(rig.cameras)]
         pick = first[0] if rig.cameras == 1 else torch.tensor(first)
         cameras = replace(cameras, K=cameras.K[pick], T_cam_world=cameras.T_cam_world[pick])
-    hypotheses, covariance = distinct_answers(last), _covariance(finest, best)
     middle = torch.cat([rig.pivot, torch.ones(1)])
     distances = (best.T_cam_mount[0] @ middle)[:, :3].norm(dim=1).tolist()
-    shifts = [camera_shifts(other, best) for other in without]
-    qualities = image_qualities(finest, best, shifts, groups)
     return CalibrationResult(
         tree=rig.tree,
         mount=None if rig.mount is None else rig.tree.link_names[rig.mount],
@@ -230,31 +273,26 @@ def summary(
         K=best.K[0],
         q=best.q[0],
         q_offset=best.q_offset[0],
-        loss_history=tuple(v for s in solutions for v in s.losses.amin(dim=1).tolist()),
+        loss_history=history,
         covariance=covariance,
         variable_names=rig.variable_names,
         spread_mm=_jackknife([mm for mm, _ in shifts], rig.cameras),
         spread_deg=_jackknife([deg for _, deg in shifts], rig.cameras),
-        images=qualities,
+        images=images,
         hypotheses=hypotheses,
         distance_m=tuple(distances),
-        verdict=verdict_of(
-            explained(solutions, finest),
-            hypotheses,
-            [position_std(covariance, c) for c in range(rig.cameras)],
-            distances,
-        ),
+        verdict=verdict_of(explains, hypotheses, [position_std(covariance, c) for c in range(rig.cameras)], distances),
         seconds=seconds,
     )
 
 
-def distinct_answers(last: Solution[CameraGuesses]) -> tuple[CameraHypothesis, ...]:
+def distinct_answers(state: CameraGuesses, losses: Float[Tensor, " n"]) -> tuple[CameraHypothesis, ...]:
     """The end points in which some camera is turned by more than 0.1 rad from all better ones, best first."""
     found: list[CameraHypothesis] = []
-    for i in last.linearization.loss.argsort().tolist():
-        T = last.state.T_cam_mount[i]
+    for i in losses.argsort().tolist():
+        T = state.T_cam_mount[i]
         if all(angles_between(h.T_cam_mount, T).max() > DISTINCT_RAD for h in found):
-            found.append(CameraHypothesis(T, last.linearization.loss[i].item()))
+            found.append(CameraHypothesis(T, losses[i].item()))
     return tuple(found)
 
 
@@ -273,9 +311,8 @@ def silhouette_iou(
     return (a & b).sum(dim=(-2, -1)) / (a | b).sum(dim=(-2, -1)).clamp(min=1)
 
 
-def _covariance(finest: CalibrationObjective, best: CameraGuesses) -> Float[Tensor, "p p"]:
-    """Covariance with the cameras' twists about their own centres."""
-    covariance = displaced_covariance(finest, best)
+def about_cameras(covariance: Float[Tensor, "p p"], best: CameraGuesses) -> Float[Tensor, "p p"]:
+    """A covariance of twists about the pivot as one of twists about the cameras' own centres."""
     own = torch.eye(len(covariance))
     for c, block in enumerate(best.from_pivot()[0]):
         own[6 * c : 6 * c + 6, 6 * c : 6 * c + 6] = block

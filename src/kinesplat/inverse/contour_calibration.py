@@ -1,6 +1,8 @@
 """Cameras from known joints and photographs without masks, in front of anything, by the robot's contours."""
 
-from dataclasses import dataclass, replace
+import math
+import time
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -8,49 +10,97 @@ from rich.progress import Progress
 from torch import Tensor
 
 from kinesplat.camera import Camera
-from kinesplat.inverse.calibration import CalibrationObjective, CameraGuesses, Rig
+from kinesplat.errors import InputError
+from kinesplat.inverse.calibration import CalibrationObjective, CameraGuesses, Rig, others, spread_groups
+from kinesplat.inverse.calibration_result import (
+    CalibrationResult,
+    ImageQuality,
+    about_cameras,
+    assembled,
+    camera_shifts,
+    distinct_answers,
+)
 from kinesplat.inverse.camera_search import distinct_rotations, spread_rows
 from kinesplat.inverse.contour_cameras import Templates, slid_cameras
-from kinesplat.inverse.contour_objective import CHANCE, ContourObjective, Evidence, Poses
-from kinesplat.inverse.contour_search import SCREEN, ContourLevel
+from kinesplat.inverse.contour_fit import SYSTEMATIC, UNSEEN
+from kinesplat.inverse.contour_objective import ContourObjective, Poses
+from kinesplat.inverse.contour_search import ContourLevel
 from kinesplat.inverse.contours import unlit
 from kinesplat.inverse.edges import EdgePictures
-from kinesplat.inverse.levenberg_marquardt import Solution, levenberg_marquardt
+from kinesplat.inverse.levenberg_marquardt import levenberg_marquardt
+from kinesplat.inverse.result import covariance_of
 
 TEMPLATE_PX, TEMPLATE_SPLATS = 128, 1_000
 SLID, STARTS, KEPT = 512, 24, 4
+SCREENING = ContourLevel(160, 1_000, 2.0, 0, 150)
 COARSE = (ContourLevel(160, 1_000, 4.0, 8, 150), ContourLevel(320, 3_000, 4.0, 8, 200))
-FINE = (ContourLevel(320, 3_000, 2.0, 8, 300), ContourLevel(640, 1_000_000, 1.5, 8, 800))
+FINE = (ContourLevel(320, 3_000, 2.0, 8, 300), ContourLevel(512, 1_000_000, 1.5, 8, 800))
 NEIGHBOURS, TURN_RAD, SHIFT = 512, 0.25, 0.15
 SEARCH_IMAGES = 4
+REFITS = 4
 APART_RAD = 0.05
 
 
-@dataclass(frozen=True)
-class ContourCameras:
-    """What was found: the solutions of all levels, best first in the last, and what the pictures say about that."""
-
-    solutions: list[Solution[CameraGuesses]]
-    finest: ContourObjective
-    evidence: Evidence
-
-    @property
-    def losses(self) -> Float[Tensor, " n"]:
-        """Share that is missing of the evidence that the best answer's contours could give: 1 is mere chance."""
-        most = CHANCE * self.evidence.length[self.evidence.total.argmax()].clamp(min=1.0)
-        return 1.0 - self.evidence.total / most
-
-
-def cameras_by_contours(
+def calibrated_by_contours(
     objective: CalibrationObjective,
     rig: Rig,
     K: Float[Tensor, "cams 3 3"],
     T_init: Float[Tensor, "cams 4 4"] | None,
     seed: int,
     bar: Progress,
-) -> ContourCameras:
-    """The cameras that explain the edges of the pictures best, from a guess or from none."""
-    task = bar.add_task("looking for contours", total=2 + len(FINE))
+) -> CalibrationResult:
+    """The cameras that explain the edges of pictures whose background is unknown.
+
+    Args:
+        objective: model and pictures.
+        rig: what is known.
+        K: intrinsics at the full size.
+        T_init: first guesses of ``T_cam_mount``.
+        seed: of random cameras around a guess.
+        bar: where progress is shown.
+
+    Raises:
+        InputError: focal lengths are wanted as well, or a camera ended up inside the robot.
+    """
+    if rig.focal_free:
+        raise InputError("the focal length needs masks, a plain background or a backdrop; only contours are known here")
+    began, solutions = time.perf_counter(), []
+    task = bar.add_task("looking for contours", total=1 + len(FINE))
+    guesses = first_cameras(objective, rig, K, T_init, seed)
+    bar.advance(task)
+    for level in FINE:
+        here = contour_objective(objective, level)
+        solutions.append(levenberg_marquardt(here.linearize, guesses, iterations=level.iterations))
+        guesses = solutions[-1].state
+        bar.advance(task)
+    proof, at = here.evidence(guesses), solutions[-1].linearization
+    index = int(proof.total.argmax())
+    best, points = guesses.select(torch.tensor([index])), int(proof.length[index].item())
+    covariance = SYSTEMATIC**2 * covariance_of(at.hessian[index], at.loss[index].item(), points)
+    groups = spread_groups(rig)
+    shifts = [camera_shifts(without(objective, best, rows), best) for rows in groups]
+    return assembled(
+        objective.model,
+        objective.full,
+        best,
+        proof.losses[index].item() < UNSEEN,
+        distinct_answers(guesses, proof.losses),
+        about_cameras(covariance, best),
+        shifts,
+        qualities(here, best, shifts, groups),
+        tuple(v for s in solutions for v in s.losses.amin(dim=1).tolist()),
+        time.perf_counter() - began,
+    )
+
+
+def first_cameras(
+    objective: CalibrationObjective,
+    rig: Rig,
+    K: Float[Tensor, "cams 3 3"],
+    T_init: Float[Tensor, "cams 4 4"] | None,
+    seed: int,
+) -> CameraGuesses:
+    """Every camera on its own: its best guesses side by side, from around a first guess or from everywhere."""
     found = []
     for camera in range(rig.cameras):
         rows = torch.nonzero(rig.camera_of_image == camera)[:, 0]
@@ -58,16 +108,29 @@ def cameras_by_contours(
         part = objective.select(rows)
         starts = slid(part, own, K[camera]) if T_init is None else around(T_init[camera], own, seed)
         found.append(sharpened(part, own, K[camera], starts))
-    bar.advance(task, 2)
     rows = torch.arange(max(len(T) for T in found))
-    T = torch.stack([own[rows.clamp(max=len(own) - 1)] for own in found], dim=1)
-    guesses, solutions = CameraGuesses.start(rig, T, K), []
-    for level in FINE:
-        here = contour_objective(objective, level)
-        solutions.append(levenberg_marquardt(here.linearize, guesses, iterations=level.iterations))
-        guesses = solutions[-1].state
-        bar.advance(task)
-    return ContourCameras(solutions, here, here.evidence(guesses))
+    return CameraGuesses.start(rig, torch.stack([T[rows.clamp(max=len(T) - 1)] for T in found], dim=1), K)
+
+
+def without(objective: CalibrationObjective, best: CameraGuesses, left_out: Tensor) -> CameraGuesses:
+    """The answer, fitted again to the images that remain."""
+    rows = others(left_out, len(best.rig.q))
+    here = contour_objective(objective.select(rows), FINE[0])
+    return levenberg_marquardt(here.linearize, replace(best, rig=best.rig.select(rows)), iterations=REFITS).state
+
+
+def qualities(
+    here: ContourObjective, best: CameraGuesses, shifts: list[tuple[Tensor, Tensor]], groups: list[Tensor]
+) -> tuple[ImageQuality, ...]:
+    """Image by image: the share of its contours' evidence that is missing; there are no silhouettes to compare."""
+    proof = here.of_views(best)
+    losses = 1.0 - proof.total / (proof.chance * proof.length.clamp(min=1.0))
+    moved = {int(i): shift for group, shift in zip(groups, shifts, strict=True) for i in group}
+    found = []
+    for i, (loss, camera) in enumerate(zip(losses.tolist(), best.rig.camera_of_image.tolist(), strict=True)):
+        mm, deg = (part[camera].item() for part in moved[i]) if i in moved else (math.nan, math.nan)
+        found.append(ImageQuality(loss, math.nan, mm, deg))
+    return tuple(found)
 
 
 def contour_objective(objective: CalibrationObjective, level: ContourLevel) -> ContourObjective:
@@ -117,7 +180,7 @@ def sharpened(
     rows = spread_rows(rig.q, SEARCH_IMAGES)
     few, some = objective.select(rows), rig.select(rows)
     guesses = CameraGuesses.start(some, T[:, None], K[None])
-    guesses = best_of(contour_objective(few, SCREEN), guesses, STARTS)
+    guesses = best_of(contour_objective(few, SCREENING), guesses, STARTS)
     for level in COARSE:
         here = contour_objective(few, level)
         guesses = levenberg_marquardt(here.linearize, guesses, iterations=level.iterations).state

@@ -121,11 +121,18 @@ class ContourObjective:
         """What the pictures say about every guess."""
         poses = self.poses(at)
         chunks = [self._evidence(poses, rows) for rows in torch.arange(len(poses.q)).split(CHUNK)]
-        cost, length, inner, stray = torch.cat(chunks).unbind(-1)
+        return self._as_evidence(torch.cat(chunks).sum(dim=1))
+
+    def of_views(self, at: Any) -> Evidence:
+        """What every single view says about the first guess: a batch of views."""
+        return self._as_evidence(self._evidence(self.poses(at), torch.zeros(1, dtype=torch.long))[0])
+
+    def _as_evidence(self, sums: Float[Tensor, "batch 4"]) -> Evidence:
+        cost, length, inner, stray = sums.unbind(-1)
         return Evidence(cost / length.clamp(min=1.0), length, inner, stray, self.chance)
 
-    def _evidence(self, poses: Poses, rows: Tensor) -> Float[Tensor, "batch 4"]:
-        sums = torch.zeros(len(rows), 4).to(poses.q)
+    def _evidence(self, poses: Poses, rows: Tensor) -> Float[Tensor, "batch views 4"]:
+        views = []
         for view in range(poses.q.shape[1]):
             every = view_of(poses.camera, view)
             camera = Camera(every.K[rows], every.T_cam_world[rows], every.width, every.height)
@@ -140,8 +147,8 @@ class ContourObjective:
             shown = render.rgb.flatten(1, 2).gather(1, place[..., None].expand(-1, -1, 3))
             stray = strays(self.seen.rgb[view].flatten(0, 1)[place], shown, real).sum(dim=1) * area
             length = contours.length
-            sums = sums + torch.stack([length * mean / self.sigma_px**2, length, inner, stray], dim=-1)
-        return sums
+            views.append(torch.stack([length * mean / self.sigma_px**2, length, inner, stray], dim=-1))
+        return torch.stack(views, dim=1)
 
     def matched(
         self, contours: Contours, view: int

@@ -1,0 +1,261 @@
+"""Contours against edges: closed forms, differences, robots found again before clutter without masks, and refusals."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kinesplat as ks
+from kinesplat.errors import InputError
+from kinesplat.inverse.calibration import CalibrationObjective, CameraGuesses, Rig
+from kinesplat.inverse.camera_search import angles_between
+from kinesplat.inverse.contour_calibration import contour_objective
+from kinesplat.inverse.contour_cameras import Templates, sphere, turned
+from kinesplat.inverse.contour_fit import verdict_of
+from kinesplat.inverse.contour_objective import OUTPUTS, by_link, image_rows, strays
+from kinesplat.inverse.contour_search import ContourLevel, fixed_links, objective_at, only_links, poses_on
+from kinesplat.inverse.contours import PATCH, Contours, spread_choice, straight_edge, unlit
+from kinesplat.inverse.edges import EdgePictures, sampled
+from kinesplat.inverse.levenberg_marquardt import levenberg_marquardt
+from kinesplat.inverse.objective import Configurations
+from kinesplat.inverse.observation import Observation
+from kinesplat.twists import exp_twist
+
+LEVELS = ContourLevel(256, 3_000, 3.0, 12, 300), ContourLevel(256, 10_000, 1.5, 12, 400)
+Scene = tuple[torch.Tensor, ks.Camera, torch.Tensor]
+
+
+def clutter(height: int, width: int, seed: int) -> torch.Tensor:
+    """Soft blobs, noise, and boxes of random colours."""
+    generator = torch.Generator().manual_seed(seed)
+    planes = torch.zeros(3, height, width)
+    for cells, share in ((4, 0.6), (16, 0.25), (60, 0.15)):
+        noise = torch.rand(1, 3, cells, cells, generator=generator)
+        planes += share * torch.nn.functional.interpolate(noise, size=(height, width), mode="bicubic")[0]
+    for y, x, h, w in (torch.rand(12, 4, generator=generator) * torch.tensor([1, 1, 0.4, 0.3])).tolist():
+        rows, columns = (slice(int(a * s), int((a + b) * s)) for a, b, s in ((y, h, height), (x, w, width)))
+        planes[:, rows, columns] = torch.rand(3, 1, 1, generator=generator)
+    return planes.clamp(0, 1).permute(1, 2, 0)
+
+
+@pytest.fixture(scope="module")
+def scene(kinearm: ks.SelfModel) -> Scene:
+    """A configuration, a camera, and the robot's own rendering before clutter, 256 px."""
+    tree = kinearm.tree
+    share = torch.rand(tree.dof, generator=torch.Generator().manual_seed(3))
+    q = tree.q_lower.float() + (0.2 + 0.6 * share) * (tree.q_upper - tree.q_lower).float()
+    camera = ks.Camera.framing(kinearm.posed(q).means, width=256, height=192)
+    out = kinearm.render(q, camera)
+    assert out.rgb is not None
+    assert out.alpha is not None
+    return q, camera, (out.rgb - (1.0 - out.alpha[..., None]) * (1.0 - clutter(192, 256, 0))).clamp(0, 1)
+
+
+def at(model: ks.SelfModel, q: torch.Tensor, camera: ks.Camera) -> Configurations:
+    return Configurations(model.tree, q, camera.T_cam_world.expand(len(q), 1, 4, 4), False)
+
+
+def test_a_straight_edge_is_found_in_a_patch() -> None:
+    """An edge blurred over a pixel, of any direction, up to half a pixel off the middle."""
+    step = torch.arange(-PATCH, PATCH + 1).float()
+    y, x = torch.meshgrid(step, step, indexing="ij")
+    for angle in torch.linspace(-3.0, 3.0, 13).tolist():
+        normal = torch.tensor([math.cos(angle), math.sin(angle)])
+        for shift in (-0.4, 0.0, 0.3):
+            away = normal[0] * x + normal[1] * y - shift
+            found, distance = straight_edge((away + 0.5).clamp(0, 1))
+            assert (found @ normal) > 0.99
+            assert abs(distance.item() - shift) < 0.12
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.4, 1.2, 2.5])
+@pytest.mark.parametrize("step", [0.04, 0.5])
+def test_edges_of_photographs(angle: float, step: float) -> None:
+    """A step, faint or not, is strongest on itself and knows its direction; flat pictures have no edge."""
+    y, x = torch.meshgrid(torch.arange(40) + 0.5, torch.arange(48) + 0.5, indexing="ij")
+    normal = torch.tensor([math.cos(angle), math.sin(angle)])
+    away = (x - 24.0) * normal[0] + (y - 20.0) * normal[1]
+    rgb = (0.4 + step * (away + 0.5).clamp(0, 1))[None, ..., None].expand(-1, -1, -1, 3)
+    camera = ks.Camera(torch.eye(3)[None], torch.eye(4), 48, 40)
+    pictures = EdgePictures.of(Observation(rgb, None, camera, torch.ones(3), unknown=True))
+    along = torch.tensor([24.0, 20.0]) + torch.arange(-6, 7)[:, None] * normal
+    values = sampled(pictures.oriented[0], along)
+    assert int(values[:, 0].argmax()) == 6
+    assert values[6, 0] > 0.1
+    assert values[0, 0] < 1e-4
+    direction = torch.tensor([math.cos(2 * angle), math.sin(2 * angle)])
+    assert torch.allclose(values[6, 1:] / values[6, 0], direction, atol=0.06)
+
+
+def test_choices_are_spread_and_real() -> None:
+    mask = torch.rand(5, 30, 40) < torch.tensor([0.0, 0.002, 0.02, 0.3, 0.9])[:, None, None]
+    rows, real = spread_choice(mask, 50)
+    for own, which, some in zip(mask.flatten(1), rows, real, strict=True):
+        chosen = which[some]
+        assert len(chosen) == min(50, int(own.sum())) == len(chosen.unique())
+        assert own[chosen].all()
+        if own.sum() > 500:  # no gap is twice the mean
+            order = (own.cumsum(0)[chosen] - 1).float()
+            assert (order[1:] - order[:-1]).max() < 2.0 * own.sum() / 50
+
+
+def test_points_move_along_normals_as_predicted(kinearm: ks.SelfModel, scene: Scene) -> None:
+    """The Jacobian of all points' distances against central differences, in float64; sums by link are plain sums."""
+    q, camera, rgb = scene
+    out = unlit(kinearm).render(q[None], camera, outputs=("rgb", "alpha", "depth", "link_id"))
+    found = Contours.of(out, camera, 200)
+    kept = found.weights[0] > 0
+    assert kept.sum() > 100
+    assert torch.allclose(found.normals[0][kept].norm(dim=-1), torch.ones(int(kept.sum())), atol=1e-5)
+    exact = replace(found, points=found.points.double(), normals=found.normals.double(), weights=found.weights.double())
+    view = ks.Camera(camera.K.double()[None], camera.T_cam_world.double()[None], camera.width, camera.height)
+    rows = image_rows(exact, view)
+    state = at(kinearm, q.double()[None], view)
+    pictures = EdgePictures.of(Observation.create(rgb, None, camera, unknown=True))
+    twists = poses_on(pictures)(state).twists[:, 0].unflatten(1, (-1, 6))
+    slopes = torch.einsum("na,nap->np", rows[0], twists[0][found.links[0]])
+    Ts = kinearm.tree.forward_kinematics(q.double())
+    own = torch.linalg.inv(view.T_cam_world[0] @ Ts[found.links[0]])
+    homogeneous = torch.cat([exact.points[0], torch.ones(200, 1, dtype=torch.float64)], dim=-1)[..., None]
+    for joint in range(kinearm.tree.dof):
+        h = 1e-6 * torch.eye(kinearm.tree.dof, dtype=torch.float64)[joint]
+        pixels = []
+        for moved in (q.double() + h, q.double() - h):
+            T = view.T_cam_world[0] @ kinearm.tree.forward_kinematics(moved)[found.links[0]] @ own
+            X = (T @ homogeneous)[:, :3, 0] @ view.K[0].T
+            pixels.append(X[:, :2] / X[:, 2:])
+        differences = ((pixels[0] - pixels[1]) / 2e-6 * exact.normals[0]).sum(dim=-1)
+        assert torch.allclose(slopes[:, joint][kept], differences[kept], atol=1e-5, rtol=1e-6)
+    residual = torch.randn(1, 200, dtype=torch.float64)
+    g, H = by_link(rows, exact.weights, residual, found.links, len(Ts))
+    whole = slopes.T @ (exact.weights[0] * residual[0])
+    assert torch.allclose(torch.einsum("la,lap->p", g[0], twists[0]), whole)
+    square = slopes.T @ (exact.weights[0][:, None] * slopes)
+    assert torch.allclose(torch.einsum("lap,lac,lcr->pr", twists[0], H[0], twists[0]), square)
+
+
+def test_exact_pictures_leave_nothing_and_draw_neighbours_home(kinearm: ks.SelfModel, scene: Scene) -> None:
+    q, camera, rgb = scene
+    seen = Observation.create(rgb, None, camera, unknown=True)
+    coarse, objective = (objective_at(kinearm, seen, level) for level in LEVELS)
+    truth = objective.linearize(at(kinearm, q[None], camera))
+    found = Contours.of(objective.model.render(q[None], objective.seen.camera, outputs=OUTPUTS), camera, 400)
+    _, weight, distance = objective.matched(found, 0)
+    sure = (weight > 0.5) & (found.weights > 0)
+    assert sure.sum() > 0.6 * (found.weights > 0).sum()
+    assert distance[sure].abs().median() < 0.5
+    assert distance[sure].mean().abs() < 0.2
+    noise = torch.randn(12, kinearm.tree.dof, generator=torch.Generator().manual_seed(0))
+    starts = at(kinearm, kinearm.tree.clamp(q + 0.04 * noise), camera)
+    before = objective.linearize(starts)
+    assert truth.loss[0] < 0.8 * before.loss.min()
+    near = levenberg_marquardt(coarse.linearize, starts, iterations=LEVELS[0].iterations).state
+    solution = levenberg_marquardt(objective.linearize, near, iterations=LEVELS[1].iterations)
+    best = solution.state.q[solution.linearization.loss.argmin()]
+    assert (best - q).abs()[:3].max() < 0.02
+    away = (kinearm.posed(best).means - kinearm.posed(q).means).norm(dim=-1)  # two rolls on nearly one axis
+    assert away.mean() < 0.004
+    proof = objective.evidence(solution.state)
+    wrong = objective.evidence(at(kinearm, kinearm.tree.clamp(q + 0.5 * noise), camera))
+    assert proof.total.max() > 0.0
+    assert proof.total.max() > 1.5 * wrong.total.max()
+    assert wrong.losses.min() > proof.losses.min()
+
+
+def test_links_that_later_joints_leave_alone(kinearm: ks.SelfModel) -> None:
+    tree = kinearm.tree
+    assert len(fixed_links(tree, tree.dof - 1)) == len(tree.link_names)
+    counts = [len(fixed_links(tree, joint)) for joint in range(tree.dof)]
+    assert counts == sorted(counts)
+    few = only_links(kinearm, fixed_links(tree, 1))
+    assert set(few.link_index.tolist()) <= set(fixed_links(tree, 1).tolist())
+    assert 0 < len(few.link_index) < len(kinearm.link_index)
+
+
+def test_colours_stray_where_no_light_explains_them() -> None:
+    shown = torch.rand(1, 60, 3) * 0.6 + 0.3
+    real = torch.ones(1, 60, dtype=torch.bool)
+    light = torch.tensor([0.9, 0.8, 0.7])
+    brightness = torch.linspace(0.5, 1.4, 60)[None, :, None]
+    assert strays(light * shown * brightness / brightness.median(), shown, real).sum() == 0
+    other = (light * shown).clone()
+    other[0, :5] = other[0, :5].flip(-1) * torch.tensor([0.1, 1.0, 3.0])
+    assert strays(other, shown, real)[0, :5].sum() == 5
+
+
+def test_templates_look_at_the_middle_and_turn_it_elsewhere() -> None:
+    pivot, K = torch.tensor([0.1, -0.2, 0.4]), torch.tensor([[90.0, 0, 64], [0, 90.0, 36], [0, 0, 1]])
+    for upright in (True, False):
+        templates = Templates.around(pivot, 0.5, K, (128, 72), upright)
+        where, depth = replace(templates.camera, T_cam_world=templates.T_cam_mount).project(pivot[None])
+        middle = 0.5 * torch.tensor([templates.camera.width, templates.camera.height]).float()
+        assert torch.allclose(where, middle.expand_as(where), atol=1e-2)
+        assert (depth > 0.4).all()
+    middle = torch.tensor([[20.0, 60.0]]).expand(len(templates.T_cam_mount), 2)
+    moved = turned(templates.T_cam_mount, middle, K)
+    found, _ = ks.Camera(K, moved, 128, 72).project(pivot[None])
+    assert torch.allclose(found[:, 0], middle, atol=1e-2)
+    directions = sphere(0.3, -math.pi / 2, math.pi / 2)
+    probe = torch.nn.functional.normalize(torch.randn(200, 3), dim=1)
+    assert (probe @ directions.T).amax(dim=1).acos().max() < 0.35
+
+
+def test_a_camera_comes_home_from_a_guess(kinearm: ks.SelfModel, scene: Scene) -> None:
+    q, camera, rgb = scene
+    rig = Rig(kinearm.tree, q[None], torch.zeros(1, dtype=torch.long), pivot=kinearm.posed(q).means.mean(dim=0))
+    seen = Observation.create(rgb, None, camera, unknown=True)
+    coarse, fine = (contour_objective(CalibrationObjective(kinearm, seen, camera), level) for level in LEVELS)
+    guess = exp_twist(torch.tensor([0.0, 0.0, 0.01, 0.01, -0.012, 0.02])) @ camera.T_cam_world
+    start = CameraGuesses.start(rig, guess[None, None], camera.K[None])
+    near = levenberg_marquardt(coarse.linearize, start, iterations=12).state
+    found = levenberg_marquardt(fine.linearize, near, iterations=12).state.T_cam_mount[0, 0]
+    assert angles_between(found, camera.T_cam_world) < 0.5 * angles_between(guess, camera.T_cam_world)
+    assert fine.of_views(start).cost.shape == (1,)
+
+
+def test_verdicts() -> None:
+    assert verdict_of([0.97, 1.1]) == "failed"
+    assert verdict_of([0.7, 0.72]) == "ambiguous"
+    assert verdict_of([0.7, 0.99]) == verdict_of([0.7]) == "converged"
+
+
+def test_what_contours_cannot_do_is_refused(kinearm: ks.SelfModel, scene: Scene) -> None:
+    q, camera, rgb = scene
+    with pytest.raises(InputError, match="give masks"):
+        ks.reconstruct(kinearm, rgb, camera, optimize_camera=True)
+    with pytest.raises(InputError, match="without priors"):
+        ks.reconstruct(kinearm, rgb, camera, priors=ks.inverse.Priors.of(kinearm, 1e-4, 0.0))
+    with pytest.raises(InputError, match="focal length needs masks"):
+        ks.calibrate(kinearm, rgb[None], q[None], camera.K, free=["focal"])
+
+
+@pytest.mark.slow
+def test_joints_without_a_mask_or_a_start(kinearm: ks.SelfModel, scene: Scene) -> None:
+    q, camera, rgb = scene
+    fit = ks.reconstruct(kinearm, rgb, camera)
+    assert fit.verdict in ("converged", "ambiguous")
+    assert (fit.q - q).abs()[:3].max() < 0.05
+    assert fit.evidence["start"] == "contours"
+    assert "contours" in fit.report()
+
+
+@pytest.mark.slow
+def test_a_picture_without_the_robot_fails(kinearm: ks.SelfModel, scene: Scene) -> None:
+    fit = ks.reconstruct(kinearm, clutter(192, 256, 5), scene[1])
+    assert fit.verdict == "failed"
+
+
+@pytest.mark.slow
+def test_camera_without_masks_from_two_pictures(kinearm: ks.SelfModel, scene: Scene) -> None:
+    q, camera, rgb = scene
+    other = kinearm.tree.clamp(q + 0.5)
+    out = kinearm.render(other, camera)
+    assert out.rgb is not None
+    assert out.alpha is not None
+    second = (out.rgb - (1.0 - out.alpha[..., None]) * (1.0 - clutter(192, 256, 0))).clamp(0, 1)
+    found = ks.calibrate(kinearm, torch.stack([rgb, second]), torch.stack([q, other]), camera.K)
+    assert angles_between(found.camera.T_cam_world, camera.T_cam_world) < 0.02
+    assert found.verdict != "failed"
+    assert math.isnan(found.images[0].iou)
+    assert "IoU" not in found.report()

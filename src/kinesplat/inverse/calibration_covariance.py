@@ -18,6 +18,7 @@ from kinesplat.inverse.result import infinite_where_blind
 PX, BLOCK_PX = 256, 16
 STEP = 2e-3
 SHORTEST = 0.25  # of a block's side: less outline than that tells no displacement
+MEDIAN = 1.48  # standard deviation over the median of what is normally distributed
 SYSTEMATIC = 3.0  # of standard deviations: between simulated calibrations (2.1) and photographs of a real robot (4.9)
 
 
@@ -26,9 +27,9 @@ def displaced_covariance(finest: CalibrationObjective, best: CameraGuesses) -> F
 
     The columns of S are the slopes of the loss when the outline within one block is displaced by its standard
     deviation, s is their sum. That deviation is the area in which mask and rendered silhouette disagree over the
-    length of the outline, root mean square over the blocks (before a backdrop, whose silhouettes lack what does not
-    move: 1.48 times the median); all is scaled by what calibrations with disturbed masks, and photographs, are off (see
-    docs/results.md). A variable that no picture shows has an infinite variance.
+    length of the outline: 1.48 times the median over the blocks, so that holes do not matter. All is scaled by what
+    calibrations with disturbed masks, and photographs, are off (see docs/results.md). A variable that no picture shows
+    has an infinite variance.
 
     Args:
         finest: objective of the last level.
@@ -44,13 +45,14 @@ def displaced_covariance(finest: CalibrationObjective, best: CameraGuesses) -> F
     edge = torch.stack(torch.gradient(alpha, dim=(1, 2))).norm(dim=0)
     length, area = (_blocks(t[None])[0] for t in (edge, (alpha - objective.observation.mask).abs()))
     told = length > SHORTEST * BLOCK_PX
-    away, share = area[told] / length[told], length[told] / length[told].sum()
-    variance = (share * away.square()).sum() if seen.backdrop is None else (1.48 * away.median()).square()
+    if not bool(told.any()):
+        return torch.diag(torch.full((len(hessian),), torch.inf)).to(best.q.dtype)
+    deviation = (MEDIAN * SYSTEMATIC * (area[told] / length[told]).median()).double()
     slopes = torch.stack(
         [_blocks(column[None] * edge)[0][told] for column in _columns(objective, best, alpha)]
     ).double()
     meat = slopes @ slopes.mT + slopes.sum(dim=1, keepdim=True) * slopes.sum(dim=1)
-    return infinite_where_blind(hessian, SYSTEMATIC**2 * variance.double() * meat).to(best.q.dtype)
+    return infinite_where_blind(hessian, deviation.square() * meat).to(best.q.dtype)
 
 
 def _columns(objective: CalibrationObjective, best: CameraGuesses, alpha: Tensor) -> list[Tensor]:

@@ -26,7 +26,7 @@ from kinesplat.inverse.search import AliasMoves, collinear_turns, joined, joint_
 from kinesplat.self_model import SelfModel
 
 FINE = (ContourLevel(640, 1_000_000, 3.0, 8, 500), ContourLevel(640, 1_000_000, 1.5, 8, 800))
-STARTS, PARENTS = 16, 4
+STARTS, PARENTS, RESTED = 16, 4, 2
 NEIGHBOURS, NEIGHBOUR_SPREAD = 512, 0.45
 VARIED, RANDOM, LAST_JOINTS, LAST_STEP = 128, 512, 4, 0.6
 EQUAL = 0.01
@@ -115,6 +115,7 @@ def found_by_contours(
     parents = state.select(torch.arange(min(PARENTS, len(state.q))))
     others = best_by_evidence(screen, variations(parents, seed), VARIED, influence)
     state = best_by_evidence(fine, joined(state, sharpened(levels, others)), starts, influence)
+    state = joined(state, rested(state.select(torch.arange(min(RESTED, len(state.q)))), reference[0]))
     solutions = []
     for level in FINE:
         here = objective_at(model, seen, level)
@@ -139,6 +140,16 @@ def variations(parents: Configurations, seed: int) -> Configurations:
     noise = torch.randn(RANDOM, tree.dof, generator=torch.Generator().manual_seed(seed)) * joint_scale(tree)
     noise[:, : max(0, tree.dof - LAST_JOINTS)] = 0.0
     q = tree.clamp(torch.cat([*rows, parents.q.repeat(RANDOM, 1)[:RANDOM] + LAST_STEP * noise]))
+    return replace(parents, q=q, T_cam_world=parents.T_cam_world[:1].expand(len(q), -1, -1, -1))
+
+
+def rested(parents: Configurations, reference: Float[Tensor, " dof"]) -> Configurations:
+    """Every configuration with its last joint, its last two, ... at the reference: perhaps no pixel shows them."""
+    dof = parents.tree.dof
+    rows = []
+    for first in range(max(1, dof - LAST_JOINTS), dof):
+        rows.append(torch.cat([parents.q[:, :first], reference[first:].expand(len(parents.q), -1)], dim=1))
+    q = torch.cat(rows)
     return replace(parents, q=q, T_cam_world=parents.T_cam_world[:1].expand(len(q), -1, -1, -1))
 
 

@@ -22,7 +22,7 @@ from kinesplat.inverse.objective import Configurations
 from kinesplat.inverse.observation import Observation
 from kinesplat.twists import exp_twist
 
-LEVELS = ContourLevel(256, 3_000, 3.0, 12, 300), ContourLevel(256, 10_000, 1.5, 12, 400)
+LEVELS = ContourLevel(256, 3_000, 3.0, 12, 300), ContourLevel(256, 5_000, 1.5, 10, 400)
 Scene = tuple[torch.Tensor, ks.Camera, torch.Tensor]
 
 
@@ -42,14 +42,18 @@ def clutter(height: int, width: int, seed: int) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def scene(kinearm: ks.SelfModel) -> Scene:
     """A configuration, a camera, and the robot's own rendering before clutter, 256 px."""
+    return scene_of(kinearm, 256, 192)
+
+
+def scene_of(kinearm: ks.SelfModel, width: int, height: int) -> Scene:
     tree = kinearm.tree
     share = torch.rand(tree.dof, generator=torch.Generator().manual_seed(3))
     q = tree.q_lower.float() + (0.2 + 0.6 * share) * (tree.q_upper - tree.q_lower).float()
-    camera = ks.Camera.framing(kinearm.posed(q).means, width=256, height=192)
+    camera = ks.Camera.framing(kinearm.posed(q).means, width=width, height=height)
     out = kinearm.render(q, camera)
     assert out.rgb is not None
     assert out.alpha is not None
-    return q, camera, (out.rgb - (1.0 - out.alpha[..., None]) * (1.0 - clutter(192, 256, 0))).clamp(0, 1)
+    return q, camera, (out.rgb - (1.0 - out.alpha[..., None]) * (1.0 - clutter(height, width, 0))).clamp(0, 1)
 
 
 def at(model: ks.SelfModel, q: torch.Tensor, camera: ks.Camera) -> Configurations:
@@ -146,7 +150,7 @@ def test_exact_pictures_leave_nothing_and_draw_neighbours_home(kinearm: ks.SelfM
     assert sure.sum() > 0.6 * (found.weights > 0).sum()
     assert distance[sure].abs().median() < 0.5
     assert distance[sure].mean().abs() < 0.2
-    noise = torch.randn(12, kinearm.tree.dof, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(6, kinearm.tree.dof, generator=torch.Generator().manual_seed(0))
     starts = at(kinearm, kinearm.tree.clamp(q + 0.04 * noise), camera)
     before = objective.linearize(starts)
     assert truth.loss[0] < 0.8 * before.loss.min()
@@ -186,12 +190,11 @@ def test_colours_stray_where_no_light_explains_them() -> None:
 
 def test_templates_look_at_the_middle_and_turn_it_elsewhere() -> None:
     pivot, K = torch.tensor([0.1, -0.2, 0.4]), torch.tensor([[90.0, 0, 64], [0, 90.0, 36], [0, 0, 1]])
-    for upright in (True, False):
-        templates = Templates.around(pivot, 0.5, K, (128, 72), upright)
-        where, depth = replace(templates.camera, T_cam_world=templates.T_cam_mount).project(pivot[None])
-        middle = 0.5 * torch.tensor([templates.camera.width, templates.camera.height]).float()
-        assert torch.allclose(where, middle.expand_as(where), atol=1e-2)
-        assert (depth > 0.4).all()
+    templates = Templates.around(pivot, 0.5, K, (128, 72))
+    where, depth = replace(templates.camera, T_cam_world=templates.T_cam_mount).project(pivot[None])
+    centre = 0.5 * torch.tensor([templates.camera.width, templates.camera.height]).float()
+    assert torch.allclose(where, centre.expand_as(where), atol=1e-2)
+    assert (depth > 0.4).all()
     middle = torch.tensor([[20.0, 60.0]]).expand(len(templates.T_cam_mount), 2)
     moved = turned(templates.T_cam_mount, middle, K)
     found, _ = ks.Camera(K, moved, 128, 72).project(pivot[None])
@@ -228,11 +231,13 @@ def test_what_contours_cannot_do_is_refused(kinearm: ks.SelfModel, scene: Scene)
         ks.reconstruct(kinearm, rgb, camera, priors=ks.inverse.Priors.of(kinearm, 1e-4, 0.0))
     with pytest.raises(InputError, match="focal length needs masks"):
         ks.calibrate(kinearm, rgb[None], q[None], camera.K, free=["focal"])
+    with pytest.raises(InputError, match="first guess"):
+        ks.calibrate(kinearm, rgb[None], q[None], camera.K, mount="palm")
 
 
 @pytest.mark.slow
-def test_joints_without_a_mask_or_a_start(kinearm: ks.SelfModel, scene: Scene) -> None:
-    q, camera, rgb = scene
+def test_joints_without_a_mask_or_a_start(kinearm: ks.SelfModel) -> None:
+    q, camera, rgb = scene_of(kinearm, 160, 120)
     fit = ks.reconstruct(kinearm, rgb, camera)
     assert fit.verdict in ("converged", "ambiguous")
     assert (fit.q - q).abs()[:3].max() < 0.05
@@ -241,21 +246,21 @@ def test_joints_without_a_mask_or_a_start(kinearm: ks.SelfModel, scene: Scene) -
 
 
 @pytest.mark.slow
-def test_a_picture_without_the_robot_fails(kinearm: ks.SelfModel, scene: Scene) -> None:
-    fit = ks.reconstruct(kinearm, clutter(192, 256, 5), scene[1])
+def test_a_picture_without_the_robot_fails(kinearm: ks.SelfModel) -> None:
+    fit = ks.reconstruct(kinearm, clutter(120, 160, 5), scene_of(kinearm, 160, 120)[1])
     assert fit.verdict == "failed"
 
 
 @pytest.mark.slow
-def test_camera_without_masks_from_two_pictures(kinearm: ks.SelfModel, scene: Scene) -> None:
-    q, camera, rgb = scene
+def test_camera_without_masks_from_two_pictures(kinearm: ks.SelfModel) -> None:
+    q, camera, rgb = scene_of(kinearm, 160, 120)
     other = kinearm.tree.clamp(q + 0.5)
     out = kinearm.render(other, camera)
     assert out.rgb is not None
     assert out.alpha is not None
-    second = (out.rgb - (1.0 - out.alpha[..., None]) * (1.0 - clutter(192, 256, 0))).clamp(0, 1)
+    second = (out.rgb - (1.0 - out.alpha[..., None]) * (1.0 - clutter(120, 160, 0))).clamp(0, 1)
     found = ks.calibrate(kinearm, torch.stack([rgb, second]), torch.stack([q, other]), camera.K)
-    assert angles_between(found.camera.T_cam_world, camera.T_cam_world) < 0.02
+    assert angles_between(found.camera.T_cam_world, camera.T_cam_world) < 0.03
     assert found.verdict != "failed"
     assert math.isnan(found.images[0].iou)
     assert "IoU" not in found.report()

@@ -70,8 +70,8 @@ def calibrate(
         K: ``(3, 3)`` intrinsics [px] of the camera, or ``(cams, 3, 3)``.
         masks: ``(images, height, width)``, 1 on the robot. Without masks: a background of one colour, or `backdrop`, or
             at least three images of every camera, whose median then stands for the background. Where there are fewer,
-            or the answer fails, the robot's contours alone are looked for (`kinesplat.inverse.contour_calibration`);
-            without a first guess from level cameras only, unless they ride on a link.
+            or the answer fails, the robot's contours alone are looked for (`kinesplat.inverse.contour_calibration`):
+            of level cameras, or around a first guess.
         T_cam_base_init: ``(4, 4)`` or ``(cams, 4, 4)`` first guess, right within about 0.3 rad and a fifth of the
             distance: of `T_cam_base`, or of ``T_cam_link`` with `mount`. Default: no idea.
         camera_of_image: which camera took each image, counted from 0; default: all are of one camera.
@@ -95,8 +95,8 @@ def calibrate(
     with Progress(disable=not progress, transient=True) as bar:
         given = None if T_cam_base_init is None else checked_transforms(T_cam_base_init, rig)
         if not seen.unknown:
-            result = by_pixels(objective, rig, K, given, seed, bar)
             learned = masks is None and backdrop is None and seen.backdrop is not None
+            result = by_pixels(objective, rig, K, given, seed, bar, 1 if learned else SEARCHES)
             if result.verdict != "failed" or not learned or rig.focal_free:
                 return replace(result, seconds=time.perf_counter() - began)
             objective = replace(objective, observation=replace(seen, backdrop=None, unknown=True))
@@ -111,9 +111,10 @@ def by_pixels(
     given: Float[Tensor, "cams 4 4"] | None,
     seed: int,
     bar: Progress,
+    searches: int,
 ) -> CalibrationResult:
     """The cameras where masks, a plain background or a backdrop tell the robot from what is behind it."""
-    solutions, finest = looked_for(objective, rig, K, given, seed, bar)
+    solutions, finest = looked_for(objective, rig, K, given, seed, bar, searches)
     groups = spread_groups(rig)
     task = bar.add_task("leaving images out", total=len(groups))
     without = []
@@ -130,15 +131,16 @@ def looked_for(
     T_init: Float[Tensor, "cams 4 4"] | None,
     seed: int,
     bar: Progress,
+    searches: int = SEARCHES,
 ) -> tuple[list[Solution[CameraGuesses]], CalibrationObjective]:
     """The cameras, from a guess or from none, and the objective of the last level.
 
-    A search that does not explain the images is done again from other random rotations, twice at most.
+    A search that does not explain the images is done again from other random rotations, `searches` times in all.
     """
     if T_init is not None:
         return sharpened(objective, combinations(rig, K, [T[None] for T in T_init]), False, bar)
     answers = []
-    for number in range(SEARCHES):
+    for number in range(searches):
         generator = torch.Generator().manual_seed(seed + number)
         found = [find_camera(*one_camera(objective, rig, c), K[c], generator, bar) for c in range(len(K))]
         answers.append(sharpened(objective, combinations(rig, K, found), True, bar))

@@ -60,10 +60,13 @@ def calibrated_by_contours(
         bar: where progress is shown.
 
     Raises:
-        InputError: focal lengths are wanted as well, or a camera ended up inside the robot.
+        InputError: focal lengths are wanted as well, cameras ride on a link and there is no guess, or a camera ended up
+            inside the robot.
     """
     if rig.focal_free:
         raise InputError("the focal length needs masks, a plain background or a backdrop; only contours are known here")
+    if T_init is None and rig.mount is not None:
+        raise InputError("cameras on a link need masks, a plain background, a backdrop, or a first guess")
     began, solutions = time.perf_counter(), []
     task = bar.add_task("looking for contours", total=1 + len(FINE))
     guesses = first_cameras(objective, rig, K, T_init, seed)
@@ -145,7 +148,7 @@ def contour_objective(objective: CalibrationObjective, level: ContourLevel) -> C
 
 
 def slid(objective: CalibrationObjective, rig: Rig, K: Float[Tensor, "3 3"]) -> Float[Tensor, "n 4 4"]:
-    """Cameras from all around: level ones where the cameras stand still, all where they ride on the robot."""
+    """Level cameras from all around."""
     rows = spread_rows(rig.q, SEARCH_IMAGES)
     few, some = objective.select(rows), rig.select(rows)
     small = few.observation.resized(TEMPLATE_PX)
@@ -158,7 +161,7 @@ def slid(objective: CalibrationObjective, rig: Rig, K: Float[Tensor, "3 3"]) -> 
     means = objective.model.posed(some.q).means
     means = means @ T_mount_world[:, :3, :3].mT + T_mount_world[:, None, :3, 3]
     radius = (means - rig.pivot).norm(dim=-1).max().item()
-    templates = Templates.around(rig.pivot, radius, view.K, (view.width, view.height), rig.mount is None)
+    templates = Templates.around(rig.pivot, radius, view.K, (view.width, view.height))
     return slid_cameras(model, some, pictures, templates, SLID)
 
 

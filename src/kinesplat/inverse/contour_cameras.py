@@ -41,23 +41,23 @@ class Templates:
 
     @classmethod
     def around(
-        cls, pivot: Float[Tensor, "3"], radius: float, K: Float[Tensor, "3 3"], size: tuple[int, int], upright: bool
+        cls, pivot: Float[Tensor, "3"], radius: float, K: Float[Tensor, "3 3"], size: tuple[int, int]
     ) -> "Templates":
-        """Directions about 0.3 rad apart, and sizes a quarter apart.
+        """Level cameras in directions about 0.3 rad apart and in sizes a quarter apart.
+
+        They are level within 0.15 rad, the z axis up, and look up by 0.35 rad and down by 1.2 rad at most.
 
         Args:
             pivot: the middle of the robot in the frame of what carries the camera [m].
             radius: of the robot around it [m].
             K: intrinsics at the photographs' size.
             size: width and height of the photographs [px].
-            upright: whether cameras are level within 0.15 rad and look up by 0.35 rad at most, the z axis up; else all.
         """
         width, height = (math.ceil(CANVAS * s) for s in size)
-        focal = K[0, 0].item()
-        spans = [SMALLEST * RATIO**k for k in range(math.ceil(math.log(LARGEST / SMALLEST) / math.log(RATIO)) + 1)]
-        distances = torch.tensor([focal * 2.0 * radius / (span * max(size)) for span in spans])
-        eyes = sphere(SPACING_RAD, *((LOWEST, HIGHEST) if upright else (-math.pi / 2, math.pi / 2)))
-        rolls = torch.tensor(ROLLS) if upright else torch.arange(0.0, 2.0 * math.pi, SPACING_RAD)
+        count = math.ceil(math.log(LARGEST / SMALLEST) / math.log(RATIO)) + 1
+        spans = SMALLEST * RATIO ** torch.arange(count)
+        distances = K[0, 0] * 2.0 * radius / (spans * max(size))
+        eyes, rolls = sphere(SPACING_RAD, LOWEST, HIGHEST), torch.tensor(ROLLS)
         level = Camera.look_at(eyes, torch.zeros(3), width=1, height=1).T_cam_world[:, :3, :3]
         turn = torch.zeros(len(rolls), 3, 3)
         turn[:, 0, 0] = turn[:, 1, 1] = rolls.cos()

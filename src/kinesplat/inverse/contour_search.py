@@ -110,6 +110,8 @@ def along_chain(model: SelfModel, seen: Observation, reference: Float[Tensor, " 
         if len(state.q) <= SCREENED and joint < tree.dof - 1:
             continue
         links = fixed_links(tree, joint)
+        if not torch.isin(model.link_index, links).any():
+            continue
         coarse, fine = (replace(objective, model=only_links(objective.model, links)) for objective in both)
         state = best_by_evidence(coarse, state, SCREENED, influence)
         state = sharpened([(coarse, SCREEN)], state)

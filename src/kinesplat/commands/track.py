@@ -114,7 +114,9 @@ def run(tracker: Tracker, partial: Path, resume: bool, began: float) -> TrackRes
                 bar.advance(task)
     except OSError as error:
         raise InputError(f"cannot write {partial}: {error.strerror}") from error
-    return collected(tracker, mended(tracker, found), time.perf_counter() - began, first)
+    with err.status("second look at frames in doubt"):
+        found = mended(tracker, found)
+    return collected(tracker, found, time.perf_counter() - began, first)
 
 
 def read_partial(path: Path, tracker: Tracker) -> list[TrackedFrame]:

@@ -91,7 +91,9 @@ def track(
             first = first or time.perf_counter() - began
             found.append(frame)
             bar.advance(task)
-    return collected(tracker, mended(tracker, found), time.perf_counter() - began, first)
+        bar.add_task("second look", total=None)
+        found = mended(tracker, found)
+    return collected(tracker, found, time.perf_counter() - began, first)
 
 
 def start_tracker(

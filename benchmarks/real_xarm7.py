@@ -116,7 +116,7 @@ def calibrated(
         f"{math.degrees(angles_between(found.T_cam_base, expected).item()):.2f}",
         f"{sum(overlaps) / len(frames):.3f}",
         f"{found.position_std_mm[0]:.1f}",
-        f"{found.spread_mm[0]:.1f}",
+        "-" if len(frames) == 1 else f"{found.spread_mm[0]:.1f}",
         found.verdict,
         f"{found.seconds:.1f}",
     ]

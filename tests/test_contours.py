@@ -239,8 +239,12 @@ def test_what_contours_cannot_do_is_refused(kinearm: ks.SelfModel, scene: Scene)
 def test_joints_without_a_mask_or_a_start(kinearm: ks.SelfModel) -> None:
     q, camera, rgb = scene_of(kinearm, 160, 120)
     fit = ks.reconstruct(kinearm, rgb, camera)
-    assert fit.verdict in ("converged", "ambiguous")
-    assert (fit.q - q).abs()[:3].max() < 0.05
+    assert fit.verdict == "ambiguous"  # half a turn of the waist looks alike
+    assert min((h.q - q).abs()[:3].max() for h in fit.hypotheses[:4]) < 0.05
+    shown, right = (kinearm.render(v, camera).alpha for v in (fit.q, q))
+    assert shown is not None
+    assert right is not None
+    assert ((shown - right).abs() > 0.5).sum() < 0.05 * (right > 0.5).sum()
     assert fit.evidence["start"] == "contours"
     assert "contours" in fit.report()
 

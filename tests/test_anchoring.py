@@ -14,6 +14,7 @@ import kinesplat as ks
 from kinesplat.errors import InputError
 from kinesplat.inverse.anchoring import Bound, anchored, misfit
 from kinesplat.inverse.key_frames import of_frame
+from kinesplat.inverse.outline import outline, outlined
 from kinesplat.inverse.retarget_result import Alignment
 from kinesplat.inverse.retargeting import Answer, Retargeting
 from kinesplat.inverse.surface_tracks import SurfaceTracks
@@ -157,3 +158,32 @@ def test_the_camera_of_a_frame(camera: ks.Camera) -> None:
     assert torch.allclose(one.K[0], replace(cameras, K=cameras.K[3], T_cam_world=camera.T_cam_world).resized(64, 64).K)
     assert torch.equal(one.T_cam_world[0], cameras.T_cam_world[3])
     assert torch.equal(of_frame(camera, 5, small).T_cam_world[0], camera.T_cam_world)
+
+
+def test_points_have_the_outline_of_what_they_cover(arm: ks.SelfModel, camera: ks.Camera, motion: Tensor) -> None:
+    """Points spread over the rendered robot give back its mask, but for the spacing; and its joints fill it."""
+    alpha = arm.render(motion[0], camera).alpha
+    assert alpha is not None
+    inside = torch.nonzero(alpha > 0.5).flip(1) + 0.5
+    points = inside[(inside[:, 0].long() % 3 == 0) & (inside[:, 1].long() % 3 == 0)]
+    mask, small = outline(points, camera)
+    truth = arm.render(motion[0], small).alpha
+    assert truth is not None
+    both, either = ((mask > 0.5) & (truth > 0.5)).sum(), ((mask > 0.5) | (truth > 0.5)).sum()
+    assert mask.shape == (small.height, small.width) == (96, 96)
+    assert both / either > 0.75
+    lonely, _ = outline(points[:1], camera)
+    assert 0 < (lonely > 0.5).sum() < 10
+
+
+@pytest.mark.slow
+def test_joints_that_fill_an_outline(arm: ks.SelfModel, camera: ks.Camera, motion: Tensor) -> None:
+    alpha = arm.render(motion[0], camera).alpha
+    assert alpha is not None
+    inside = torch.nonzero(alpha > 0.5).flip(1)[::7] + 0.5
+    found = outlined(arm, inside, camera, 4, 0)
+    assert 1 <= len(found) <= 4
+    again = arm.render(found[0], camera).alpha
+    assert again is not None
+    assert ((again > 0.5) & (alpha > 0.5)).sum() > 0.8 * ((again > 0.5) | (alpha > 0.5)).sum()
+    assert torch.equal(arm.tree.clamp(found), found)

@@ -22,7 +22,8 @@ from kinesplat.inverse.priors import Priors
 from kinesplat.inverse.rendered_tracks import follow_rendered, queried, rendered_chamfer, rendered_tracks
 from kinesplat.inverse.retarget import demonstrated
 from kinesplat.inverse.retarget_result import Alignment, Motion
-from kinesplat.inverse.retargeting import between, distinct, limbs
+from kinesplat.inverse.retarget_search import limbs
+from kinesplat.inverse.retargeting import between, distinct
 from kinesplat.inverse.search import joint_scale
 from kinesplat.inverse.surface_tracks import SurfaceTracks
 from kinesplat.inverse.track_matching import chamfer, equal_pairs, first_distances, track_pairs

@@ -19,6 +19,7 @@ from kinesplat.inverse.key_frames import KeyFrames, key_frames
 from kinesplat.inverse.observation import ImageLike
 from kinesplat.inverse.rendered_tracks import follow_rendered
 from kinesplat.inverse.retarget_result import RetargetResult
+from kinesplat.inverse.retarget_search import followed
 from kinesplat.inverse.retargeting import Answer, Retargeting, between
 from kinesplat.inverse.trajectory import Trajectory
 from kinesplat.self_model import SelfModel
@@ -136,10 +137,10 @@ def found(work: Retargeting, objective: Objective, starts: int, seed: int, known
         return work.chamfer() if objective == "frames" else work.unmoved()
     if known is not None and not work.align:
         return anchored(work, known.frames, known.q)
-    answer = work.follow(starts, seed)
+    answers = followed(work, starts, seed)
     if work.align:
-        return answer
-    rivals = [carried_on(work, answer)]
+        return work.polished(min(answers, key=lambda answer: answer.loss))
+    rivals = [carried_on(work, answer) for answer in answers]
     if work.q_init is not None and work.q_init.dim() == 1:
         rivals.append(anchored(work, torch.zeros(1, dtype=torch.long), work.q_init[None]))
     return min(rivals, key=lambda rival: misfit(work, rival))

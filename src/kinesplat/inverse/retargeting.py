@@ -13,7 +13,7 @@ from kinesplat.camera import Camera
 from kinesplat.errors import InputError
 from kinesplat.inverse.priors import Priors
 from kinesplat.inverse.retarget_result import NEAR_SHARE, Alignment, Motion, RetargetResult, Start
-from kinesplat.inverse.retarget_stages import FINE, HOLD, JUDGE, LAST, NEAR, SEARCH, Stage
+from kinesplat.inverse.retarget_stages import LAST, Stage
 from kinesplat.inverse.search import joint_scale
 from kinesplat.inverse.surface_tracks import SurfaceTracks
 from kinesplat.inverse.track_matching import (
@@ -33,7 +33,6 @@ from kinesplat.vision.point_tracks import PointTracks
 
 UNIT_SIDE = 256
 COARSE_POINTS, DENSE_POINTS = 1_500, 6_000
-KEY_FRAMES = 12
 REST, BEGIN = 1e-3, 100.0  # cost of one joint unit [px^2]: everywhere, and in the first frame where that is known
 BACKWARD = 0.1
 POLISHING = 4
@@ -175,24 +174,6 @@ class Retargeting:
         """The first guess, with nothing done to it."""
         return Answer(Trajectory(self.start(self.every), self.nothing_shared()), math.inf, [])
 
-    def follow(self, starts: int, seed: int) -> Answer:
-        """The motion whose tracks are the demonstration's, by way of some key frames."""
-        frames, every = len(self.every), self.every
-        keys = torch.linspace(0, frames - 1, min(frames, KEY_FRAMES)).round().long().unique()
-        if self.q_init is None and starts > 1:
-            answer = self.search(keys, starts, seed)
-        else:
-            answer = Answer(Trajectory(self.start(keys), self.nothing_shared()), math.inf, [])
-        ways: list[tuple[Stage, ...]] = [(*NEAR, FINE)]
-        if self.align:
-            ways = [(*SEARCH[1:], *NEAR, FINE)]
-        elif self.q_init is not None:
-            ways.append((HOLD, NEAR[-1], FINE))
-        answer = min((self.along(answer, way, keys) for way in ways), key=lambda a: a.loss)
-        rivals = tuple(Motion(between(m.q, keys, frames), m.loss) for m in answer.rivals)
-        at = Trajectory(between(answer.at.q, keys, frames), answer.at.shared)
-        return self.polished(self.solve(replace(answer, at=at, rivals=rivals), LAST, every))
-
     def along(self, answer: Answer, stages: tuple[Stage, ...], keys: Int[Tensor, " keys"]) -> Answer:
         """One stage after the other."""
         for stage in stages:
@@ -207,33 +188,6 @@ class Retargeting:
     def nothing_shared(self) -> Float[Tensor, " p"]:
         """The alignment before any step: four variables, or none."""
         return torch.zeros(4 if self.align else 0)
-
-    def search(self, keys: Int[Tensor, " keys"], starts: int, seed: int) -> Answer:
-        """The best of several constant starts, its limbs exchanged for those of the others where that is better."""
-        generator = torch.Generator().manual_seed(seed)
-        lower, upper = self.tree.q_lower.float(), self.tree.q_upper.float()
-        drawn = lower + (upper - lower) * (0.1 + 0.7 * torch.rand(starts - 1, self.tree.dof, generator=generator))
-        found: list[Answer] = []
-        for q in [self.tree.q_canonical.float(), *drawn]:
-            answer = Answer(Trajectory(q.expand(len(keys), -1).clone(), self.nothing_shared()), math.inf, [])
-            found.append(self.along(answer, (*SEARCH, JUDGE), keys))
-        found.sort(key=lambda answer: answer.loss)
-        rivals = tuple(Motion(answer.at.q, answer.loss) for answer in found)
-        return replace(self.recombined(found, keys), rivals=rivals)
-
-    def recombined(self, found: list[Answer], keys: Int[Tensor, " keys"]) -> Answer:
-        """The best answer with the limbs of others, one limb after the other, as long as that lowers the loss."""
-        best = found[0]
-        ties = self.ties(len(keys))
-        for block in limbs(self.tree):
-            for other in found[1:]:
-                q = best.at.q.clone()
-                q[:, block] = other.at.q[:, block]
-                at = Trajectory(q, best.at.shared)
-                loss = self.objective(at, JUDGE, keys).linearize(at).loss + ties.loss(q)
-                if loss < best.loss:
-                    best = replace(best, at=at, loss=loss)
-        return best
 
     def objective(self, at: Trajectory, stage: Stage, keys: Int[Tensor, " keys"]) -> TrackObjective:
         """Of a stage, with the partners that are possible at a trajectory."""
@@ -360,17 +314,6 @@ class Retargeting:
         medians = [float(part.median()) if len(part) else math.nan for part in frames]
         near = int((away < NEAR_SHARE * max(self.camera.width, self.camera.height)).sum())
         return medians, near / max(int(self.shown.visible.sum()), 1)
-
-
-def limbs(tree: KinematicTree) -> list[list[int]]:
-    """Joints by the limb that they move: those that move one leaf of the tree alone, leaf by leaf, and all others."""
-    with torch.no_grad():
-        moves = tree.link_jacobian(tree.q_canonical).abs().amax(dim=1) > 1e-9
-    leaves = [link for link in range(len(tree.link_names)) if not bool((tree.parents == link).any())]
-    moved = moves[leaves]
-    single = moved.sum(dim=0) == 1
-    blocks = [torch.nonzero(single & moved[leaf])[:, 0].tolist() for leaf in range(len(leaves))]
-    return [block for block in [*blocks, torch.nonzero(~single)[:, 0].tolist()] if block]
 
 
 def distinct(motions: list[Motion]) -> list[Motion]:

@@ -7,7 +7,7 @@ MuJoCo renders the demonstrations (kinesplat[render,video]).
 - `alone`: the same from those tracks without anything else.
 - `allegro`: an Allegro Hand (a URDF below the folder that KINESPLAT_SHARED names) closes and opens, and the Shadow Hand
   follows.
-- `g1`: Unitree's G1 follows its own video, 37 joints.
+- `g1`: Unitree's G1 follows its own video, 29 joints.
 - `rendered`: the paper's objective, with gradients through a tracker on rendered frames, from joints that are off.
 
 Fingertips are the outermost points of the last links; errors are those of visible ones. Writes retarget.json, and films
@@ -30,6 +30,7 @@ from torch import Tensor
 import kinesplat as ks
 from kinesplat.commands.retarget import film_of
 from kinesplat.dataset.capture import Capture
+from kinesplat.dataset.collision import SelfCollision
 from kinesplat.files import write_png, written_whole
 from kinesplat.inverse.clip import Clip
 from kinesplat.inverse.key_frames import key_frames
@@ -177,6 +178,7 @@ def filled(camera: ks.Camera, points: Tensor) -> ks.Camera:
 
 def allegro(model: ks.SelfModel, frames: int, seed: int, folder: Path) -> Any:
     """The Shadow Hand follows an Allegro Hand that closes finger by finger, opens, and bends all fingers at once."""
+    frames = frames * 3 // 2
     urdf = Path(os.environ["KINESPLAT_SHARED"]) / ALLEGRO
     robot = ks.load_description(urdf)
     other = ks.SelfModel.from_description(robot)
@@ -205,11 +207,19 @@ def allegro(model: ks.SelfModel, frames: int, seed: int, folder: Path) -> Any:
 
 
 def g1(_: ks.SelfModel, frames: int, seed: int, folder: Path) -> Any:
-    """Unitree's G1 moves all its 37 joints, its pelvis fixed, and follows its own video."""
-    model = ks.zoo.load("unitree_g1")
+    """Unitree's G1 moves all its 29 joints between two postures in which no links touch, and follows its own video.
+
+    Its pelvis is fixed, its model not trained.
+    """
+    robot = ks.load_description("unitree_g1")
+    model = ks.SelfModel.from_description(robot)
     tree, generator = model.tree, torch.Generator().manual_seed(seed)
     rest, half = tree.q_canonical.float(), (0.4 * (tree.q_upper - tree.q_lower)).clamp(max=0.7).float()
-    knots = tree.clamp(rest + half * (2.0 * torch.rand(2, tree.dof, generator=generator) - 1.0))
+    touching, apart = SelfCollision(robot), list[Tensor]()
+    while len(apart) < 2:
+        drawn = tree.clamp(rest + half * (2.0 * torch.rand(tree.dof, generator=generator) - 1.0))
+        apart += [drawn] * (not touching.colliding_bodies(drawn))
+    knots = torch.stack(apart)
     share = 0.5 - 0.5 * torch.cos(math.pi * torch.linspace(0.0, 1.0, frames))[:, None]
     q = knots[0] + share * (knots[1] - knots[0])
     points = model.posed(q[::4]).means.detach().flatten(0, 1)
@@ -220,7 +230,7 @@ def g1(_: ks.SelfModel, frames: int, seed: int, folder: Path) -> Any:
     row = {"case": "G1, video", "cpu_s": time.process_time() - began, **facts(fit)}
     film(folder / "g1", model, video["rgb"], fit.shown, fit)
     a, b = (tree.forward_kinematics(x)[..., :3, 3] for x in (fit.q, q))
-    for part, link in (("hands", "elbow_roll_link"), ("feet", "ankle_roll_link"), ("elbows", "elbow_pitch_link")):
+    for part, link in (("hands", "wrist_yaw_link"), ("feet", "ankle_roll_link"), ("elbows", "elbow_link")):
         links = [tree.link_names.index(f"{side}_{link}") for side in ("left", "right")]
         seen = torch.stack([(video["link_id"] == i).sum(dim=(1, 2)) >= LEAST_PX for i in links], dim=1)
         away = 1000.0 * (a - b)[:, links].norm(dim=-1)[seen]

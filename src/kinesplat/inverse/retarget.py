@@ -102,8 +102,8 @@ def retarget(
         work = Retargeting.create(model, shown, camera, first, align, smoothness, self_collision)
         answer = found(work, objective, starts or (1 if align else STARTS), seed, known)
     if objective == "rendered":
-        frames = len(work.every)
-        q, losses = follow_rendered(work.everything(work.every), work.shown, tracker, answer.at.q, work.ties(frames))
+        ties = work.ties(len(work.every), held=False)
+        q, losses = follow_rendered(work.everything(work.every), work.shown, tracker, answer.at.q, ties)
         answer = replace(answer, at=Trajectory(q, answer.at.shared), loss=min(losses), history=[losses])
     start = "pixels" if known is not None else "search" if q_init is None else "given"
     with torch.no_grad():

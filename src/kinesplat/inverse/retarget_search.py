@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kinesplat.inverse.key_frames import of_frame
@@ -16,7 +16,8 @@ from kinesplat.inverse.trajectory import Trajectory
 from kinesplat.kinematics import KinematicTree
 
 KEY_FRAMES = 12
-OUTLINED = 5
+OUTLINED, OUTLINES = 5, 3
+FEWEST_POINTS = 10
 FINISHED = 3
 
 
@@ -43,32 +44,51 @@ def followed(work: Retargeting, starts: int, seed: int) -> list[Answer]:
 
 
 def search(work: Retargeting, keys: Int[Tensor, " keys"], starts: int, seed: int) -> list[Answer]:
-    """The best of several constant starts, the first with the limbs of others where those are better.
+    """The best of several starts, the first with the limbs of others where those are better.
 
-    Unless the demonstration is aligned and may show something else, half of the starts and more fill the outline that
-    its points have in the frame that shows most of them. The canonical configuration is one, and the rest is drawn from
-    the whole range of the joints.
+    Unless the demonstration is aligned and may show something else, half of the starts and more fill the outlines that
+    its points have in three frames. The canonical configuration is one, and the rest is drawn from the whole range of
+    the joints; these stay as they are throughout.
     """
     tree = work.tree
     lower, upper = tree.q_lower.float(), tree.q_upper.float()
-    drawn = [tree.q_canonical.float()]
-    if not work.align:
-        most = int(keys[work.shown.visible[keys].sum(dim=1).argmax()])
-        camera = of_frame(work.camera, most, work.camera)
-        camera = replace(camera, K=camera.K[0], T_cam_world=camera.T_cam_world[0])
-        points = work.shown.points[most][work.shown.visible[most]]
-        drawn += list(outlined(work.model, points, camera, min(OUTLINED, starts - 1), seed))
+    shaped = [] if work.align else outlined_motions(work, keys, min(OUTLINED, starts - 1), seed)
     generator = torch.Generator().manual_seed(seed)
-    drawn += list(lower + (upper - lower) * torch.rand(starts - len(drawn), tree.dof, generator=generator))
+    rest = lower + (upper - lower) * torch.rand(starts - 1 - len(shaped), tree.dof, generator=generator)
+    constant = [q.expand(len(keys), -1).clone() for q in (tree.q_canonical.float(), *rest)]
     found: list[Answer] = []
-    for q in drawn:
-        answer = Answer(Trajectory(q.expand(len(keys), -1).clone(), work.nothing_shared()), math.inf, [])
-        found.append(work.along(answer, (*SEARCH, JUDGE), keys))
+    for stages, motions in ((SEARCH[1:], shaped), (SEARCH, constant)):
+        for q in motions:
+            answer = Answer(Trajectory(q, work.nothing_shared()), math.inf, [])
+            found.append(work.along(answer, (*stages, JUDGE), keys))
     found.sort(key=lambda answer: answer.loss)
     rivals = tuple(Motion(answer.at.q, answer.loss) for answer in found)
     best = recombined(work, found, keys)
     others = [a for a in found if not torch.equal(a.at.q, best.at.q)][: FINISHED - 1]
     return [replace(answer, rivals=rivals) for answer in (best, *others)]
+
+
+def outlined_motions(
+    work: Retargeting, keys: Int[Tensor, " keys"], count: int, seed: int
+) -> list[Float[Tensor, "keys dof"]]:
+    """Motions through configurations that fill the outline in three frames: the best of all, the second best of all.
+
+    Every one but the first two stays, in turn, what it is in one of these frames.
+    """
+    frames = keys[torch.linspace(0, len(keys) - 1, min(OUTLINES, len(keys))).round().long()].unique()
+    found: list[tuple[int, Tensor]] = []
+    for frame in frames.tolist():
+        camera = of_frame(work.camera, frame, work.camera)
+        camera = replace(camera, K=camera.K[0], T_cam_world=camera.T_cam_world[0])
+        points = work.shown.points[frame][work.shown.visible[frame]]
+        shapes = outlined(work.model, points, camera, 2, seed) if len(points) >= FEWEST_POINTS else points[:0]
+        found += [(frame, shapes)] * (len(shapes) > 0)
+    if not found:
+        return []
+    known, shapes = torch.tensor([frame for frame, _ in found]), [q for _, q in found]
+    ranked = [torch.stack([q[min(rank, len(q) - 1)] for q in shapes]) for rank in range(2)]
+    out = [between(q, known, len(work.every))[keys] for q in ranked]
+    return [*out, *(q[0].expand(len(keys), -1).clone() for q in shapes)][:count]
 
 
 def recombined(work: Retargeting, found: list[Answer], keys: Int[Tensor, " keys"]) -> Answer:

@@ -143,15 +143,15 @@ class Retargeting:
         K, T = camera.K.expand(*camera.batch_shape, 3, 3), camera.T_cam_world.expand(*camera.batch_shape, 4, 4)
         return replace(surface, camera=replace(camera, K=K[frames], T_cam_world=T[frames]))
 
-    def ties(self, frames: int) -> Smoothness:
-        """Smoothness of a motion that has been thinned out to so many frames."""
+    def ties(self, frames: int, held: bool = True) -> Smoothness:
+        """Smoothness of a motion that has been thinned out to so many frames; a known first frame may be `held`."""
         scale, thinned = joint_scale(self.tree), (len(self.shown.points) - 1) / max(frames - 1, 1)
         acceleration = (self.smoothness * self.unit**2 / thinned**3) ** 0.5 / scale
         rest = self.tree.q_canonical.float() if self.q_init is None else self.q_init
         if rest.dim() > 1:
             rest = rest[torch.linspace(0, len(rest) - 1, frames).round().long()]
         weight = torch.full((frames, 1), REST * self.unit**2) / scale.square()
-        if self.q_init is not None or self.align:
+        if held and (self.q_init is not None or self.align):
             weight[0] = BEGIN * self.unit**2 / scale.square()
         return Smoothness(acceleration, weight.sqrt(), rest)
 

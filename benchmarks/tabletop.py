@@ -1,11 +1,12 @@
 """From a sentence to motion on our own tabletop: `python benchmarks/tabletop.py OUT`.
 
-Six stages, each of which goes on where it was stopped; name some to run them alone.
+Seven stages, each of which goes on where it was stopped; name some to run them alone.
 
 episodes     scripted episodes ("reach the red block"), executed and rendered by MuJoCo (kinesplat[render,models]); of
              every scene three, one for each block: with one alone, the scene tells what to do and the sentence nothing
 autoencoder  a small video model of Stable Video Diffusion's classes; its autoencoder is trained here
 train        the video model itself, by `kinesplat.vision.finetuning`, all weights
+listen       whether it listens: its error on 12 scenes that no episode showed, with the right and with other sentences
 reference    12 scenes that no episode showed: joints from the true video, and random ones, executed
 evaluate     the same with the generated video; films: the true video, the generated one, the robot found in it
 autoencoded  the same with what the autoencoder makes of the true video: the best that a generated one could be
@@ -16,6 +17,7 @@ The last two write results.json and print a table; what an older model made is d
 import argparse
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -34,15 +36,16 @@ from kinesplat.imagination.joints import joints_of
 from kinesplat.imagination.lerobot import Episode, read_episodes, write_episodes
 from kinesplat.imagination.tabletop import COLOURS, Q_START, Scene, Tabletop, TabletopPictures, instruction
 from kinesplat.video import write_video
-from kinesplat.vision.finetuning import FinetuneSettings, finetune, steps_done
+from kinesplat.vision.finetuning import FinetuneSettings, edm_loss, finetune, steps_done
+from kinesplat.vision.video_clips import Clip, EncodedClips
 from kinesplat.vision.video_diffusion import TextSteeredVideo
 from kinesplat.vision.video_pipelines import INDEX, Sampling
 
 SIZE, FRAMES, SECONDS = 48, 10, 2.0
 SCENES, SCENE_SEED = 12, 100_000
 SHARD = 150
-SAMPLING = Sampling(frames=FRAMES, steps=20, guidance=1.0, noise=0.0, decoded_at_once=1)
-STAGES = ("episodes", "autoencoder", "train", "reference", "evaluate", "autoencoded")
+SAMPLING = Sampling(frames=FRAMES, steps=20, guidance=2.0, noise=0.0, decoded_at_once=1)
+STAGES = ("episodes", "autoencoder", "train", "listen", "reference", "evaluate", "autoencoded")
 
 
 def main() -> None:
@@ -154,6 +157,26 @@ def train(arguments: argparse.Namespace) -> None:
     finetune(model, clips, folder, settings, seed=arguments.seed, resume=True)
     if steps_done(folder) < arguments.steps:
         raise SystemExit(f"stopped after {steps_done(folder)} steps; run again to go on, or --stages evaluate")
+
+
+@torch.no_grad()
+def listen(arguments: argparse.Namespace) -> None:
+    """How much worse videos are denoised when they are called by another block."""
+    model = TextSteeredVideo.from_pretrained(arguments.out / "model", sampling=SAMPLING)
+    clips, colours = [], list(COLOURS)
+    for place in scenes(arguments.out, ""):
+        clips.append(Clip((255.0 * place.true_video()[0]).round().to(torch.uint8), instruction(place.colour), rate()))
+    data, said = EncodedClips.of(model, clips), model.embed(list(map(instruction, colours)))
+    asked = torch.tensor([colours.index(colour_of(index)) for index in range(SCENES)])
+    print("noise, error with the right sentence, with the others")
+    for sigma in (5.0, 20.0, 80.0):
+        errors = []
+        for turn in range(len(colours)):
+            turned = replace(data, prompts=said[(asked + turn) % len(colours)])
+            generator = torch.Generator().manual_seed(0)
+            drawn = turned.draw(model, 4 * SCENES, 0.0, (math.log(sigma), 0.0), generator)
+            errors.append(edm_loss(model.unet, *drawn).item())
+        print(f"{sigma:g}", *(f"{error:.4f}" for error in errors), flush=True)
 
 
 def reference(arguments: argparse.Namespace) -> None:
@@ -270,9 +293,14 @@ def unfinished(path: Path, model: str) -> Iterator[Place]:
     rows = read_rows(path, model)
     with written_whole(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    yield from scenes(path, model, len(rows))
+
+
+def scenes(path: Path, model: str, first: int = 0) -> Iterator[Place]:
+    """The scenes of the evaluation from one on."""
     world, arm = Tabletop(), ks.zoo.load("kinearm")
     pictures = TabletopPictures(world, SIZE)
-    for index in range(len(rows), SCENES):
+    for index in range(first, SCENES):
         yield Place(index, path, model, world, pictures, arm)
 
 

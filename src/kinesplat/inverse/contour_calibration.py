@@ -192,6 +192,10 @@ def sharpened(
 
 
 def best_of(objective: ContourObjective, guesses: CameraGuesses, count: int) -> CameraGuesses:
-    """The guesses that the pictures speak for most, turned apart from each other."""
-    total = objective.evidence(guesses).total
+    """The guesses that the pictures speak for most, turned apart from each other.
+
+    Chance is what half of them reach; were it less, robots too small to be wrong in many places would win.
+    """
+    proof = objective.evidence(guesses)
+    total = replace(proof, chance=proof.cost.median().item()).total
     return guesses.select(distinct_rotations(guesses.T_cam_mount[:, 0], -total, count, APART_RAD))

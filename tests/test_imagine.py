@@ -22,6 +22,8 @@ from kinesplat.video import write_video
 from kinesplat.vision.video_diffusion import load_video_model
 
 PX = 48
+PROMPT = "reach the [red] block [/now] :cat:"
+"""Brackets and colons that are no markup."""
 theirs = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
 
@@ -170,7 +172,7 @@ def files(tmp_path: Path, video: torch.Tensor, motion: torch.Tensor) -> list[str
     for i, frame in enumerate(video[:2]):
         write_png(folder / f"{i}.png", frame)
     (tmp_path / "camera.json").write_text(json.dumps(camera(PX).to_json()))
-    words = ["kinesplat", "imagine", "kinearm", str(tmp_path / "now.png"), "reach the red block"]
+    words = ["kinesplat", "imagine", "kinearm", str(tmp_path / "now.png"), PROMPT]
     words += ["--camera", str(tmp_path / "camera.json"), "--video", str(folder), "-o", str(tmp_path / "out")]
     return [*words, "--q-init", *(f"{value:.5f}" for value in motion[0].tolist())]
 
@@ -179,7 +181,7 @@ def test_the_command(tmp_path: Path, files: list[str], motion: torch.Tensor, cap
     scene = str(named_file("kinearm", ""))
     with patch("sys.argv", [*files, "--robot", "kinearm", "--scene", scene, "--fps", "2"]):
         cli.main()
-    assert "2 frames" in capsys.readouterr().out
+    assert f"{PROMPT!r}: 2 frames" in capsys.readouterr().out
     written = json.loads((tmp_path / "out" / "imagine.json").read_text())
     off = torch.tensor(written["track"]["q"]) - motion[:2]
     assert off[:, :3].abs().max() < 0.05
@@ -190,6 +192,23 @@ def test_the_command(tmp_path: Path, files: list[str], motion: torch.Tensor, cap
         "track.csv",
         "imagine.json",
     }
+
+
+def test_a_file_is_followed_at_its_own_rate(
+    tmp_path: Path, files: list[str], video: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float | None] = []
+
+    def imagined(*given: object, fps: float | None, **named: object) -> None:
+        asked.append(fps)
+        raise InputError("the rate was seen")
+
+    monkeypatch.setattr("kinesplat.commands.imagine.imagine_motion", imagined)
+    film = write_video(tmp_path / "film.gif", video[:2], 20.0)
+    for shown, more in ((film, []), (film, ["--fps", "4"]), (tmp_path / "video", [])):
+        with patch("sys.argv", [*files, "--video", str(shown), *more]), pytest.raises(SystemExit):
+            cli.main()
+    assert asked == [20.0, 4.0, None]
 
 
 def test_the_command_s_refusals(files: list[str], capsys: pytest.CaptureFixture) -> None:

@@ -86,12 +86,12 @@ def _main() -> None:
     except SystemExit as end:
         if end.code:
             words = " ".join(word for word in usage.getvalue().split() if not set(word) <= set("─━-╭╮╰╯│|"))
-            err.print(f"kinesplat: {words}", markup=False)
+            err.print(f"kinesplat: {words}")
         raise
     try:
         run()
     except KinesplatError as error:
-        err.print(f"kinesplat: {error}", markup=False)
+        err.print(f"kinesplat: {error}")
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         err.print("kinesplat: interrupted")

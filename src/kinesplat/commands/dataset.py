@@ -79,7 +79,7 @@ def dataset(
     megabytes, kilobytes = 1e-6 * result["bytes"], 1e-3 * result["bytes_per_image"]
     counts = f"{result['images']} images of {result['configurations']} configurations"
     out.print(f"wrote {output}: {counts} ({megabytes:.1f} MB, {kilobytes:.1f} kB an image)")
-    out.print(_collisions_sentence(made, result["rejected"]), markup=False)
+    out.print(_collisions_sentence(made, result["rejected"]))
     write_json(common.json, result)
 
 

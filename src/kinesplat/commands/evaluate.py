@@ -67,13 +67,13 @@ def evaluate(
         limit=images,
         baselines=baselines,
         seed=common.seed,
-        report=(lambda name: err.print(f"measuring {name}", markup=False)) if err.is_terminal else None,
+        report=(lambda name: err.print(f"measuring {name}")) if err.is_terminal else None,
     )
     write_json(output / "evaluation.json", evaluation.to_json())
     with written_whole(output / "evaluation.md") as temporary:
         temporary.write_text(evaluation.to_markdown())
     write_figure(output / "figure.png", evaluation)
-    out.print(evaluation.to_markdown(), markup=False)
+    out.print(evaluation.to_markdown())
     out.print(f"wrote evaluation.json, evaluation.md and figure.png into {output}")
     write_json(common.json, evaluation.to_json())
 

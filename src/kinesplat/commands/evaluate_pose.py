@@ -87,7 +87,7 @@ def evaluate_pose(
     write_json(output / "errors.json", data)
     with written_whole(output / "errors.md") as temporary:
         temporary.write_text(table + "\n")
-    out.print(table, markup=False)
+    out.print(table)
     out.print(f"wrote {output / 'errors.json'}, {output / 'errors.md'} and overlays in {output}")
     write_json(common.json, data)
     if any(e.result.verdict == "failed" for e in found):

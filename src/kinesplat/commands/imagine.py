@@ -33,7 +33,7 @@ from kinesplat.imagination.joints import place
 from kinesplat.imagination.lerobot import longest_episode, read_episodes
 from kinesplat.imagination.masks import robot_mask
 from kinesplat.self_model import SelfModel
-from kinesplat.video import read_frames, write_video
+from kinesplat.video import frame_rate, read_frames, write_video
 from kinesplat.vision.finetuning import FinetuneSettings, finetune, steps_done
 from kinesplat.vision.segment import Segmenter
 from kinesplat.vision.video_diffusion import TextSteeredVideo, load_video_model
@@ -74,7 +74,8 @@ class Stage:
     scene: Path | None = None
     """MJCF file of the robot in its scene with position actuators; then the motion is executed in MuJoCo."""
     fps: float | None = None
-    """Frames per second of the motion; default: of the clips that the video model was fine-tuned on, else 7."""
+    """Frames per second of the motion; default: of the --video file, or of the clips that the video model was
+    fine-tuned on, else 7."""
     segmenter: str | None = None
     """SAM 2 model (facebook/sam2.1-hiera-tiny) that says where the robot is in the picture, with cables and tools that
     the self-model does not know; needs --q-init."""
@@ -181,7 +182,7 @@ def imagine(
         backdrop=_backdrop(loaded, picture, view, q_init, backdrop, stage.segmenter, device),
         robot=robot,
         state=None if stage.scene is None or robot is None else _state(stage.scene, robot, q_init),
-        fps=stage.fps,
+        fps=_rate(video) if stage.fps is None else stage.fps,
         seed=common.seed,
     )
     fps = 1.0 / result.seconds
@@ -190,9 +191,9 @@ def imagine(
     write_video(output / "overlay.gif", overlays(loaded, iter(result.video), result.track), fps)
     written = {**result.to_json(), "fps": fps}
     write_json(output / "imagine.json", written)
+    write_json(common.json, written)
     out.print(result.report())
     out.print(f"wrote imagined.gif, overlay.gif, track.csv and imagine.json to {output}")
-    write_json(common.json, written)
     if result.track.verdict == "failed":
         sys.exit(EXIT_FAILED)
 
@@ -250,6 +251,11 @@ def _sampling(maker: Maker) -> Sampling:
     """What the options ask for."""
     size, at_once = (maker.frames, maker.height, maker.width), maker.decoded_at_once
     return Sampling(*size, maker.steps, maker.guidance, decoded_at_once=at_once, progress=err.is_terminal)
+
+
+def _rate(video: Path | None) -> float | None:
+    """Frames per second that a file tells; a folder of pictures tells none."""
+    return None if video is None or not video.is_file() else frame_rate(video)
 
 
 def _backdrop(

@@ -66,7 +66,7 @@ def inspect(
     """
     cpu_of(common)
     loaded = load_description(robot, packages=packages_of(package))
-    out.print(inspection_text(loaded), markup=False)
+    out.print(inspection_text(loaded))
     if output is not None:
         model = SelfModel.from_description(loaded, n=20_000, seed=common.seed)
         q = model.tree.q_canonical.float()

@@ -34,5 +34,5 @@ def benchmark(seconds: float = 1.0, threads: tuple[int, ...] = (1, 2), *, common
     """
     cpu_of(common)
     report = benchmark_module.run(seconds=seconds, threads=threads, progress=err.print)
-    out.print(benchmark_module.table(report), markup=False)
+    out.print(benchmark_module.table(report))
     write_json(common.json, report)

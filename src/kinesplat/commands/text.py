@@ -93,7 +93,7 @@ def text(
     write_png(output / "answers.png", contact_sheet(loaded, fit))
     write_gif(output / "film.gif", film(loaded, fit), FILM_SECONDS)
     write_json(output / "fit.json", fit.to_json())
-    out.print(fit.report(), markup=False)
+    out.print(fit.report())
     out.print(f"wrote {output / 'fit.json'}, {output / 'answers.png'} and {output / 'film.gif'}")
     write_json(common.json, fit.to_json())
     if fit.verdict == "failed":

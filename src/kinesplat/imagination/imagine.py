@@ -99,8 +99,8 @@ def imagine(
         robot: description of the robot; then the motion is checked.
         state: of a MuJoCo world with the robot in it and position actuators, things where they are now; then the motion
             is executed in it, and it moves along (see `kinesplat.imagination.joints.start_state`).
-        fps: frames per second of the motion; default: the rate of the clips that the video model was trained on, where
-            it tells one (``fps``), else 7.
+        fps: frames per second of the motion (of a `video`: its own, which the frames alone do not tell); default: the
+            rate of the clips that the video model was trained on, where it tells one (``fps``), else 7.
         seed: of the video and of the random starts of tracking.
 
     The self-model renders on its device; pictures and the result are on the CPU.

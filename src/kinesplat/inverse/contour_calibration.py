@@ -34,7 +34,10 @@ TEMPLATE_PX, TEMPLATE_SPLATS = 128, 1_000
 SLID, STARTS, KEPT = 512, 24, 4
 SCREENING = ContourLevel(160, 1_000, 2.0, 0, 150)
 COARSE = (ContourLevel(160, 1_000, 4.0, 8, 150), ContourLevel(320, 3_000, 4.0, 8, 200))
-FINE = (ContourLevel(320, 3_000, 2.0, 8, 300), ContourLevel(512, 1_000_000, 1.5, 8, 800))
+FINE = (
+    *(ContourLevel(320, 3_000, sigma, 6, 300) for sigma in (8.0, 6.0, 4.0, 3.0, 2.0)),
+    ContourLevel(512, 1_000_000, 1.5, 8, 800),
+)
 NEIGHBOURS, TURN_RAD, SHIFT = 512, 0.25, 0.15
 SEARCH_IMAGES = 4
 REFITS = 4
@@ -118,7 +121,7 @@ def first_cameras(
 def without(objective: CalibrationObjective, best: CameraGuesses, left_out: Tensor) -> CameraGuesses:
     """The answer, fitted again to the images that remain."""
     rows = others(left_out, len(best.rig.q))
-    here = contour_objective(objective.select(rows), FINE[0])
+    here = contour_objective(objective.select(rows), FINE[-2])
     return levenberg_marquardt(here.linearize, replace(best, rig=best.rig.select(rows)), iterations=REFITS).state
 
 

@@ -12,7 +12,7 @@ import torch
 
 import kinesplat as ks
 from kinesplat import cli
-from kinesplat.errors import InputError
+from kinesplat.errors import InputError, UnseenError
 from kinesplat.files import write_png
 from kinesplat.inverse.mending import mended
 from kinesplat.inverse.track import TrackOptions, start_tracker
@@ -72,6 +72,61 @@ def test_lost_and_found_again(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...])
     assert torch.equal(result.q[2], result.q[1])
     assert "lost" not in result.states[4:]
     assert arm_off(result.q[4:], q[5:7]).max() < 0.03
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_frames_that_show_no_robot_are_lost(masked: bool, arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]) -> None:
+    """Empty masks, or nothing but the plain background: before the robot comes, in the middle, and at the end."""
+    q, camera, frames, masks, scene = clip
+    order = [None, 0, None, 1, None]
+    white = torch.ones_like(scene)
+    plain = [white if i is None else frames[i] - (1.0 - masks[i, ..., None]) * (scene - 1.0) for i in order]
+    shapes = [torch.zeros_like(masks[0]) if i is None else masks[i] for i in order] if masked else None
+    shown = [scene if i is None else frames[i] for i in order] if masked else [p.clamp(0, 1) for p in plain]
+    result = ks.track(arm, shown, camera, masks=shapes, q_init=q[0])
+    assert result.states == ("lost", "searched", "lost", result.states[3], "lost")
+    assert result.states[3] != "lost"
+    assert arm_off(result.q[[1, 3]], q[:2]).max() < 0.03
+    assert torch.equal(result.q[4], result.q[3])
+    assert result.verdict == "failed"  # three of five
+    json.dumps(result.to_json(), allow_nan=False)
+    with pytest.raises(InputError, match="no robot in any frame"):
+        ks.track(arm, [shown[0]] * 2, camera, masks=None if shapes is None else [shapes[0]] * 2)
+
+
+def test_a_robot_across_the_border_of_a_frame(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]) -> None:
+    """Before a plain background a frame whose own border is of many colours is read before that of the others."""
+    _, camera, _, _, _ = clip
+    ones = torch.ones(64, 72, 3)
+    many = torch.rand(64, 72, 3, generator=torch.Generator().manual_seed(1))
+    square = ones.clone()
+    square[20:40, 20:40] = 0.2
+    read = start_tracker(arm, [square, square, many, square, square], camera).clip
+    seen = read.observation(2)
+    assert seen.backdrop is not None
+    assert torch.equal(seen.backdrop[0], ones)
+    assert read.observation(1).backdrop is None
+
+
+def test_a_robot_out_of_the_picture_is_a_misfit(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]) -> None:
+    q, camera, frames, masks, _ = clip
+    tracker = start_tracker(arm, frames, camera, TrackOptions(masks=masks))
+    right = TrackedFrame(q[0].float(), camera.T_cam_world, torch.zeros_like(q[0]), 0.0, "tracked")
+    assert not tracker.misfits(0, right)
+    aside = camera.T_cam_world.clone()
+    aside[0, 3] += 100.0
+    assert tracker.misfits(0, replace(right, T_cam_world=aside))
+
+
+def test_an_answer_with_the_camera_inside_the_robot_is_a_loss(
+    arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]
+) -> None:
+    q, camera, frames, masks, _ = clip
+    tracker = start_tracker(arm, frames, camera, TrackOptions(masks=masks))
+    last = TrackedFrame(q[5].float(), camera.T_cam_world, torch.zeros_like(q[0]), 1e-9, "tracked")
+    inside = patch("kinesplat.inverse.tracker.reconstruct", side_effect=UnseenError("inside the robot"))
+    with inside, patch.object(tracker, "misfits", return_value=True):
+        assert tracker.next_frame(1, [last]).state == "lost"
 
 
 def test_with_masks_and_a_moving_camera(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]) -> None:

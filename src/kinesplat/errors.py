@@ -12,6 +12,10 @@ class InputError(KinesplatError, ValueError):
     """A value, shape or type that the called function cannot take."""
 
 
+class UnseenError(InputError):
+    """The robot cannot be seen: nothing of it is in the pictures, or a camera is inside it."""
+
+
 class DescriptionError(KinesplatError):
     """A robot description (URDF, MJCF, name) that cannot be read or is not supported."""
 

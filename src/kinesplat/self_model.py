@@ -15,7 +15,7 @@ from kinesplat import __version__
 from kinesplat.appearance.field import AppearanceField
 from kinesplat.appearance.shader import Shader, lit
 from kinesplat.camera import Camera
-from kinesplat.errors import InputError, ModelFileError
+from kinesplat.errors import InputError, ModelFileError, UnseenError
 from kinesplat.gaussians import PARAMETERS, Gaussians, Parameters
 from kinesplat.kinematics import KinematicTree
 from kinesplat.model_file import read_model_file, write_model_file
@@ -190,7 +190,7 @@ class SelfModel:
         surface with its normal (Barill et al. 2018, "Fast winding numbers for soups and clouds", eq. 3).
 
         Raises:
-            InputError: a camera centre lies inside the robot in configuration `q`, or within the near plane (10 mm) of
+            UnseenError: a camera centre lies inside the robot in configuration `q`, or within the near plane (10 mm) of
                 its surface; says which camera.
         """
         with torch.no_grad():
@@ -200,7 +200,7 @@ class SelfModel:
             where = "inside the robot" if winding[index] > 0.5 else f"{1000 * distance[index]:.1f} mm from the robot"
             place = ", ".join(f"{x:.3f}" for x in centres[index].tolist())
             which = f"camera {index}" if len(centres) > 1 else "the camera"
-            raise InputError(f"{which} at ({place}) m is {where}; nothing sensible can be seen from there")
+            raise UnseenError(f"{which} at ({place}) m is {where}; nothing sensible can be seen from there")
 
     def subsample(self, n: int, seed: int = 0) -> "SelfModel":
         """A coarser model of at most `n` splats: neighbours of one link and one facing are merged.

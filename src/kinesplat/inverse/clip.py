@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from kinesplat.camera import Camera
-from kinesplat.errors import InputError
+from kinesplat.errors import InputError, UnseenError
 from kinesplat.inverse.backdrop import median_backdrop
 from kinesplat.inverse.observation import ImageLike, Observation, plain_background
 
@@ -45,7 +46,7 @@ class Clip:
         """Read a video to its end, frame by frame, and shrink it.
 
         Raises:
-            InputError: no frame, a frame or mask that is refused, or fewer masks than frames.
+            InputError: no frame, a frame or mask that is refused, fewer masks than frames, or no robot in any frame.
         """
         white = torch.ones(camera.height, camera.width, 3)
         pictures, shapes = [], []
@@ -55,7 +56,7 @@ class Clip:
             if rest is not None and mask is None:
                 raise InputError(f"there is no mask for frame {number}")
             try:
-                seen = Observation.create(frame, mask, camera, white if mask is None else None).resized(long_side)
+                seen = _seen(frame, mask, camera).resized(long_side)
             except InputError as error:
                 raise InputError(f"frame {number}: {error}") from error
             pictures.append(_bytes(seen.rgb[0]))
@@ -65,10 +66,40 @@ class Clip:
         height, width = pictures[0].shape[:2]
         clip = cls(torch.stack(pictures), torch.stack(shapes) if shapes else None, camera.resized(width, height))
         if masks is not None:
-            return clip
+            return clip.shown()
         if backdrop is not None:
             return replace(clip, backdrop=Observation.create(backdrop, None, camera, white).resized(long_side).rgb[0])
-        return clip if plain_background(clip.some()[0]) is not None else clip.with_median(None)
+        return clip.with_median(None) if clip.plain is None else clip.shown()
+
+    @cached_property
+    def plain(self) -> Float[Tensor, "3"] | None:
+        """The colour of all frames' borders, if that is one."""
+        return plain_background(self.some()[0])
+
+    @cached_property
+    def begin(self) -> int:
+        """The first frame that is not `empty`; the number of frames where all are."""
+        return next((i for i in range(len(self.rgb)) if not self.empty(i)), len(self.rgb))
+
+    def shown(self) -> "Clip":
+        """The clip itself.
+
+        Raises:
+            InputError: all frames are empty.
+        """
+        if self.begin == len(self.rgb):
+            raise UnseenError(
+                f"no robot in any frame: {'all are of one colour' if self.masks is None else 'empty masks'}"
+            )
+        return self
+
+    def empty(self, index: int) -> bool:
+        """Whether a frame shows no robot: its mask is empty, or it is of one colour."""
+        try:
+            self.observation(index)
+        except UnseenError:
+            return True
+        return False
 
     def some(self) -> tuple[Float[Tensor, "n height width 3"], Tensor]:
         """At most 32 frames from all over the video, and their indices."""
@@ -82,11 +113,31 @@ class Clip:
         return replace(self, backdrop=median_backdrop(self.some()[0], covered), guessed=True)
 
     def observation(self, index: int, T_cam_world: Float[Tensor, "4 4"] | None = None) -> Observation:
-        """One frame; `T_cam_world` replaces the camera's."""
+        """One frame; `T_cam_world` replaces the camera's.
+
+        Raises:
+            UnseenError: it is `empty`.
+        """
         camera = self.camera if T_cam_world is None else replace(self.camera, T_cam_world=T_cam_world)
         rgb = self.rgb[index].float() / 255.0
         mask = None if self.masks is None else self.masks[index].float() / 255.0
-        return Observation.create(rgb, mask, camera, self.backdrop)
+        behind = self.backdrop
+        if mask is None and behind is None and self.plain is not None and plain_background(rgb[None]) is None:
+            behind = self.plain.expand(rgb.shape)  # the robot hides the border of this frame
+        return Observation.create(rgb, mask, camera, behind)
+
+
+def _seen(frame: ImageLike, mask: ImageLike | None, camera: Camera) -> Observation:
+    """A frame and its mask, which may be empty."""
+    white = torch.ones(camera.height, camera.width, 3)
+    if mask is None:
+        return Observation.create(frame, None, camera, white)
+    try:
+        return Observation.create(frame, mask, camera)
+    except UnseenError:
+        return replace(
+            Observation.create(frame, None, camera, white), mask=torch.zeros(1, *white.shape[:2]), backdrop=None
+        )
 
 
 def _bytes(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kinesplat.camera import Camera
+from kinesplat.errors import UnseenError
 from kinesplat.inverse.clip import Clip
 from kinesplat.inverse.reconstruct import reconstruct
 from kinesplat.self_model import SelfModel
@@ -51,9 +52,12 @@ def key_frames(model: SelfModel, clip: Clip, camera: Camera, seed: int) -> KeyFr
     for tried, frame in enumerate([middle, *(f for f in frames if f != middle)]):
         if tried == FEWEST and not found:
             return None
-        seen = clip.observation(frame)
-        seen = replace(seen, camera=of_frame(camera, frame, seen.camera))
-        fit = reconstruct(model, seen, seen.camera, seed=seed)
+        try:
+            seen = clip.observation(frame)
+            seen = replace(seen, camera=of_frame(camera, frame, seen.camera))
+            fit = reconstruct(model, seen, seen.camera, seed=seed)
+        except UnseenError:  # a frame without the robot, or an answer with the camera inside it
+            continue
         if fit.verdict != "failed":
             found[frame] = fit.q
     known = sorted(found)

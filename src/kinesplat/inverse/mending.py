@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kinesplat.errors import UnseenError
 from kinesplat.inverse.backdrop import FOREGROUND, moving_masks
 from kinesplat.inverse.track_result import TrackedFrame
 from kinesplat.inverse.tracker import LEVELS, LOST_RATIO, Tracker, predict
@@ -108,7 +109,10 @@ def _begun_again(worker: Tracker, frames: Sequence[TrackedFrame]) -> tuple[list[
     for index in (len(frames) // 2, len(frames) - 1):
         if told(worker, index, new[index])[0] > STILL_SHARE:
             continue
-        frame = anywhere.first_frame(index)
+        try:
+            frame = anywhere.first_frame(index)
+        except UnseenError:  # an answer with the camera inside the robot
+            continue
         still, left = told(worker, index, frame)
         if frame.state != "lost" and still <= STILL_SHARE and left <= LEFT_SHARE:
             new[index], doubt[index] = frame, False

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kinesplat.camera import Camera
-from kinesplat.errors import InputError
+from kinesplat.errors import InputError, UnseenError
 from kinesplat.inverse.backdrop import moving_masks
 
 ImageLike = Any
@@ -63,6 +63,7 @@ class Observation:
 
         Raises:
             InputError: wrong type, shape, range, NaN, or an image size that is not the camera's.
+            UnseenError: an empty mask, or images of one colour.
         """
         rgb = _as_float(images, "images")
         rgb = rgb[None] if rgb.dim() == 3 else rgb
@@ -88,14 +89,14 @@ class Observation:
                     "the image borders are not of one colour, so the background is not plain: give masks or a backdrop"
                 )
             if (rgb - plain).abs().amax().item() < 0.05:
-                raise InputError("the images are of one colour: no robot to be seen")
+                raise UnseenError("the images are of one colour: no robot to be seen")
             return cls(rgb, None, camera, plain)
         mask = _as_float(masks, "masks")
         mask = mask[None] if mask.dim() == 2 else mask
         if mask.shape != rgb.shape[:-1]:
             raise InputError(f"masks have shape {tuple(mask.shape)}; the images need {tuple(rgb.shape[:-1])}")
         if not bool((mask > 0.5).flatten(1).any(dim=1).all()):
-            raise InputError("a mask is empty: no pixel of the robot in that view")
+            raise UnseenError("a mask is empty: no pixel of the robot in that view")
         plain = plain_background(torch.where(mask[..., None] > MASK_FLOOR, math.nan, rgb))
         background = torch.ones(3) if plain is None else plain
         return cls(torch.where(mask[..., None] > MASK_FLOOR, rgb, background), mask, camera, background)

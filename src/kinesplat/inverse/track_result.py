@@ -20,11 +20,12 @@ class TrackedFrame:
         q: ``(dof,)`` [rad]/[m].
         T_cam_world: ``(4, 4)`` [m].
         std: ``(dof,)`` standard deviations [rad]/[m] from residuals taken for independent; infinite where unseen.
-        loss: squared residuals of the finest image size, robust, averaged over pixels.
+        loss: squared residuals of the finest image size, robust, averaged over pixels; where a frame shows no robot,
+            that of the frame before.
         state: ``tracked`` from the frame before, ``searched`` anew (the first frame, or after a loss), ``lost``
-            (nothing explains the frame; the values are those before), or ``doubtful``: the backdrop was guessed
-            from the video, and the frame is explained much worse than others, or the robot hardly stands out from the
-            backdrop (`kinesplat.inverse.mending`).
+            (the frame shows no robot, or nothing explains it; the values are those before), or ``doubtful``: the
+            backdrop was guessed from the video, and the frame is explained much worse than others, or the robot hardly
+            stands out from the backdrop (`kinesplat.inverse.mending`).
     """
 
     q: Float[Tensor, " dof"]

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kinesplat.camera import Camera
+from kinesplat.errors import UnseenError
 from kinesplat.inverse.calibration import Level
 from kinesplat.inverse.clip import Clip
 from kinesplat.inverse.levenberg_marquardt import Linearization, levenberg_marquardt
@@ -30,6 +31,7 @@ RETRY_FRAMES = 10
 SEARCH_STARTS = (16, 48)
 RESIDUAL_VARIANCE = 1e-3
 MISFIT_PX, MISFIT_COLOUR, MISFIT_SHARE = 128, 0.2, 0.25
+VISIBLE = 0.5
 HALO_PX = 2
 BACKDROP_STEP = 16
 FIRST_CANDIDATES = 4
@@ -77,7 +79,9 @@ class Tracker:
 
     def next_frame(self, index: int, before: Sequence[TrackedFrame]) -> TrackedFrame:
         """One frame from those before it."""
-        if not before:
+        if self.clip.empty(index):
+            return replace(before[-1], state="lost") if before else self.unseen()
+        if not before or index == self.clip.begin:
             return self.first_frame(index)
         last, predicted = before[-1], predict(self.model, before)
         known = sorted(f.loss for f in before if f.state != "lost")
@@ -88,13 +92,24 @@ class Tracker:
         found = [f for f in self.search(index, last, before) if not self.misfits(index, f)]
         return min(found, key=lambda f: f.loss, default=replace(last, loss=frame.loss, state="lost"))
 
+    def unseen(self) -> TrackedFrame:
+        """What is said of frames before the robot comes into view: where it would begin, and nothing sure about it."""
+        q = self.model.tree.q_canonical.float() if self.q_init is None else self.q_init.float()
+        q = self.model.tree.clamp(q.cpu())
+        return TrackedFrame(q, self.camera.T_cam_world.float(), torch.full_like(q, torch.inf), 0.0, "lost")
+
     def misfits(self, index: int, frame: TrackedFrame) -> bool:
-        """Whether much of the rendered robot is off the mask or, without masks, of another colour than the frame."""
+        """Whether much of the rendered robot is off the mask or, without masks, of another colour than the frame.
+
+        So is a robot that is out of the picture while the frame shows something.
+        """
         observation = self.clip.observation(index).resized(MISFIT_PX)
         camera = replace(observation.camera, T_cam_world=frame.T_cam_world[None])
         out = self.rendered(LEVELS[1].splats, frame.q, camera, ("rgb", "alpha"))
         assert out.rgb is not None
         assert out.alpha is not None
+        if not bool((out.alpha > VISIBLE).any()):
+            return bool((observation.silhouette() > 0.5).any())
         inside = out.alpha > 0.9
         if observation.mask is not None:
             wrong = observation.mask < 0.5
@@ -104,8 +119,11 @@ class Tracker:
 
     def first_frame(self, index: int) -> TrackedFrame:
         """The best explanation of a frame without any before it; of several, the one that the next frames bear out."""
-        fit = self.reconstructed(index, self.q_init, SEARCH_STARTS[self.q_init is None])
-        if self.failed(index, fit):
+        try:
+            fit = self.reconstructed(index, self.q_init, SEARCH_STARTS[self.q_init is None])
+        except UnseenError:  # an answer with the camera inside the robot
+            fit = None
+        if fit is None or self.failed(index, fit):
             fit = self.reconstructed(index, self.q_init, None)
         state = "lost" if self.failed(index, fit) else "searched"
         rivals = [h for h in fit.hypotheses[:FIRST_CANDIDATES] if h.loss < LOST_RATIO * fit.loss]
@@ -125,6 +143,8 @@ class Tracker:
         """Sum of the losses of a frame and of those that follow from it."""
         frames = [start]
         for later in range(index + 1, min(index + 1 + TRIAL_FRAMES, len(self.clip.rgb))):
+            if self.clip.empty(later):
+                continue
             predicted = predict(self.model, frames)
             frames.append(self.solve(later, [replace(frames[-1], q=predicted), frames[-1]], predicted, "tracked"))
         return sum(frame.loss for frame in frames)
@@ -139,7 +159,10 @@ class Tracker:
         near = [(last.q, SEARCH_STARTS[0])] if lost < RETRY_FRAMES else []
         everywhere = [(None, SEARCH_STARTS[1])] if lost % RETRY_FRAMES == 0 else []
         for q, starts in [*near, *everywhere]:
-            fit = self.reconstructed(index, q, starts)
+            try:
+                fit = self.reconstructed(index, q, starts)
+            except UnseenError:  # an answer with the camera inside the robot
+                continue
             if self.failed(index, fit):
                 continue
             guess = replace(last, q=fit.q, T_cam_world=fit.camera.T_cam_world)

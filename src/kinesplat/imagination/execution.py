@@ -12,7 +12,8 @@ from torch import Tensor
 from kinesplat.dataset.collision import LEAST_DEPTH, SelfCollision
 from kinesplat.description import Robot
 from kinesplat.errors import InputError
-from kinesplat.imagination.joints import joint_ids, joints_of, place, robot_bodies, robot_qpos
+from kinesplat.imagination.actuators import position_controls
+from kinesplat.imagination.joints import joints_of, place, robot_bodies
 
 MAX_SPEED = {"hinge": 3.0, "ball": 3.0, "slide": 0.5}
 """Speed that a joint is trusted with [rad/s], [m/s]."""
@@ -135,10 +136,11 @@ def execute(robot: Robot, q: Float[Tensor, "frames dof"], seconds: float, state:
         robot: whose joints q are.
         q: ``(frames, dof)`` [rad]/[m]; the first frame is where the robot should be already.
         seconds: time from one frame to the next.
-        state: of a world in which a position actuator drives every joint of q; the robot goes on from where it is.
+        state: of a world in which a position actuator, of the joint or of a tendon, drives every joint of q
+            (`kinesplat.imagination.actuators.position_controls`); the robot goes on from where it is.
 
     Raises:
-        InputError: as `check_trajectory`, or a joint has no position actuator.
+        InputError: as `check_trajectory`, or a joint has no position actuator; a motor or <velocity> is none.
     """
     bodies, contacts, reached = robot_bodies(robot, state.model), {}, []
 
@@ -168,11 +170,7 @@ def executing(
     look = after_step or (lambda _: None)
     _refuse(robot, q, seconds)
     world = state.model
-    joints, actuators = joint_ids(robot, world), _actuators(robot, world)
-    order = {joint: column for column, joint in enumerate(joints.tolist())}
-    columns = [order[joint] for joint in actuators]
-    targets = robot_qpos(robot, q)[:, columns]
-    indices = list(actuators.values())
+    indices, targets = position_controls(robot, q, state)
     state.ctrl[indices] = targets[0]
     look(0)
     yield 0
@@ -189,21 +187,6 @@ def executing(
         look(len(targets))
     mujoco.mj_forward(world, state)
     yield len(targets)
-
-
-def _actuators(robot: Robot, world: mujoco.MjModel) -> dict[int, int]:
-    """The position actuator of every independent joint of the robot."""
-    joint, affine = int(mujoco.mjtTrn.mjTRN_JOINT), int(mujoco.mjtBias.mjBIAS_AFFINE)
-    driven = {
-        int(world.actuator_trnid[a, 0]): a
-        for a in range(world.nu)
-        if world.actuator_trntype[a] == joint and world.actuator_biastype[a] == affine
-    }
-    wanted = [world.joint(name).id for name in robot.tree.joint_names]
-    missing = [world.joint(j).name for j in wanted if j not in driven]
-    if missing:
-        raise InputError(f"the scene has no position actuator for {', '.join(missing)}; <position joint=.../> is one")
-    return {j: driven[j] for j in wanted}
 
 
 def _contacts_of_frames(robot: Robot, q: Tensor, state: mujoco.MjData) -> tuple[Contact, ...]:

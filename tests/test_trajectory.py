@@ -68,9 +68,10 @@ def test_covariances_are_blocks_of_the_dense_inverse(shared: int) -> None:
         mixed=blocks.mixed[..., :shared],
     )
     frames, dof = blocks.gradient.shape
-    inverse = 0.3 * torch.linalg.inv(whole(blocks, ties))[: frames * dof, : frames * dof]
+    scaled = {name: getattr(blocks, name) / 0.3 for name in ("hessian", "shared_hessian", "mixed")}
+    inverse = torch.linalg.inv(whole(replace(blocks, **scaled), ties))[: frames * dof, : frames * dof]
     expected = torch.stack([inverse[i : i + dof, i : i + dof] for i in range(0, frames * dof, dof)])
-    found = covariances(blocks, ties, 0.3)
+    found = covariances(blocks, ties, 0.3, torch.full((3,), 1e3))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
     assert torch.linalg.eigvalsh(found).min() > 0.0
 
@@ -80,7 +81,7 @@ def test_a_joint_of_which_nothing_was_seen_has_an_infinite_variance() -> None:
     blocks.hessian[:, 1], blocks.hessian[:, :, 1], blocks.mixed[:, 1] = 0.0, 0.0, 0.0
     ties.acceleration[1] = 0.0
     ties.rest[1] = 1e-6
-    found = covariances(blocks, ties, 0.3)
+    found = covariances(blocks, ties, 0.3, torch.full((3,), 1e3))
     assert torch.isinf(found[:, 1, 1]).all()
     assert (found[:, 1, [0, 2]] == 0.0).all()
     assert torch.isfinite(found[:, [0, 2]]).all()

@@ -69,8 +69,9 @@ class RetargetResult:
         q: ``(frames, dof)`` [rad]/[m].
         camera: the given one.
         covariance: ``(frames, dof, dof)`` of the joints of every frame [rad^2]/[m^2], from residuals taken for
-            independent, smoothness and the alignment included; infinite variance where nothing was seen of a joint.
-            None for the rendered objective.
+            independent, the alignment included; see `kinesplat.inverse.retarget_spread`. Infinite variance where the
+            tracks say no more of a joint than its range; where `q_init` does, its 0.1 rad. None for the rendered
+            objective.
         loss_history: cost of the best start after every iteration; values of different levels are not comparable.
         level_starts: index into `loss_history` at which each level begins.
         residuals_px: of every frame, median distance of the demonstrated points from our partners; NaN without any.

@@ -13,6 +13,7 @@ from kinesplat.camera import Camera
 from kinesplat.errors import InputError
 from kinesplat.inverse.priors import Priors
 from kinesplat.inverse.retarget_result import NEAR_SHARE, Alignment, Motion, RetargetResult, Start
+from kinesplat.inverse.retarget_spread import spread
 from kinesplat.inverse.retarget_stages import LAST, Stage
 from kinesplat.inverse.search import joint_scale
 from kinesplat.inverse.surface_tracks import SurfaceTracks
@@ -26,7 +27,7 @@ from kinesplat.inverse.track_matching import (
     track_pairs,
 )
 from kinesplat.inverse.track_objective import TrackObjective
-from kinesplat.inverse.trajectory import Smoothness, Trajectory, covariances, solve_trajectory
+from kinesplat.inverse.trajectory import Smoothness, Trajectory, solve_trajectory
 from kinesplat.kinematics import KinematicTree
 from kinesplat.self_model import SelfModel
 from kinesplat.vision.point_tracks import PointTracks
@@ -276,19 +277,15 @@ class Retargeting:
         shown, partners = answer.followed, answer.partners
         if shown is None or partners is None:
             shown, partners = self.partners(answer.at)
-        judge = TrackObjective(shown, partners, lambda s, o, q: equal_pairs(s), None, self.priors)
-        blocks = judge.linearize(answer.at)
-        pairs = judge.pairs
-        assert pairs is not None
+        judge = TrackObjective(shown, partners, lambda s, o, q: equal_pairs(s))
         away, share = self._distances(judge, answer.at)
         motions = [Motion(m.q, m.loss / self.unit**2) for m in (Motion(answer.at.q, answer.loss), *answer.rivals)]
         starts = np.cumsum([0, *(len(losses) for losses in answer.history)])[:-1]
         shared = answer.at.shared.tolist() or [0.0] * 4
         side = max(self.camera.width, self.camera.height)
         last = Alignment(math.exp(shared[0]), shared[1], (side * shared[2], side * shared[3]))
-        variance = max(blocks.loss, 1e-12) / max(len(pairs.frame), 1)
         ties = answer.ties or self.ties(len(self.every))
-        covariance = covariances(blocks, ties, variance) if sure else None
+        covariance = spread(self.surface(False), shown, partners, answer.at, ties, self.unit) if sure else None
         return RetargetResult(
             joint_names=self.tree.joint_names,
             q=answer.at.q,

@@ -1,7 +1,7 @@
 """Levenberg-Marquardt for joints over time: blocks of frames that smoothness ties together, solved as a band matrix."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg
@@ -14,6 +14,7 @@ from kinesplat.kinematics import KinematicTree
 MAX_DAMPING = 1e6
 FIRST_DAMPING = 1e-2
 SECOND_DIFFERENCE = (1.0, -2.0, 1.0)
+SINGULAR = 1e-13
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,12 @@ def band_step(
 
 
 def band_matrix(
-    blocks: FrameBlocks, smoothness: Smoothness, free: Float[Tensor, "frames dof"], damping: float
+    blocks: FrameBlocks, smoothness: Smoothness, free: Float[Tensor, "frames dof"], damping: float, floor: float = 1e-9
 ) -> Float[np.ndarray, "band total"]:
-    """The upper bands of the joints' part of H, as LAPACK wants them: row ``band - k`` holds the k-th off-diagonal."""
+    """The upper bands of the joints' part of H, as LAPACK wants them: row ``band - k`` holds the k-th off-diagonal.
+
+    The diagonal is raised by `floor` of its largest entry.
+    """
     frames, dof = free.shape
     H = blocks.hessian.double() * free[:, :, None] * free[:, None, :]
     ties = smoothness.bands(frames).double()
@@ -170,8 +174,8 @@ def band_matrix(
     for k in range(1, dof):
         out[2 * dof - k, place[:, k:].ravel()] = H.diagonal(offset=k, dim1=1, dim2=2).numpy().ravel()
     diagonal = H.diagonal(dim1=1, dim2=2) + ties[0] * free
-    floor = 1e-9 * diagonal.amax().clamp(min=1e-20)
-    out[2 * dof] = ((1.0 + damping) * diagonal + floor + (1.0 - free)).numpy().ravel()
+    raised = (1.0 + damping) * diagonal + floor * diagonal.amax().clamp(min=1e-20)
+    out[2 * dof] = (raised + (1.0 - free)).numpy().ravel()
     for k in (1, 2):
         tied = ties[k, : frames - k] * free[: frames - k] * free[k:]
         out[2 * dof - k * dof, place[k:].ravel()] += tied.numpy().ravel()
@@ -179,14 +183,23 @@ def band_matrix(
 
 
 def covariances(
-    blocks: FrameBlocks, smoothness: Smoothness, variance: float, far: float = 1e3
+    blocks: FrameBlocks, smoothness: Smoothness, variance: float, far: Float[Tensor, " dof"]
 ) -> Float[Tensor, "frames dof dof"]:
-    """Every frame's block of ``variance * H^-1``, smoothness and what the frames share included.
+    """Every frame's block of ``(H / variance + smoothness)^-1``, what the frames share included.
 
-    A joint whose standard deviation is beyond `far` [rad]/[m] has an infinite variance, and no covariance with others.
+    What the data say is as sure as their residuals are small; what smoothness says is not, its costs are inverse
+    variances as they stand. A joint whose standard deviation is beyond `far` [rad]/[m] has an infinite variance, and no
+    covariance with others.
+
+    Args:
+        blocks: the data's, in double precision.
+        smoothness: `acceleration` one over a standard deviation of accelerations, `rest` one of joint values.
+        variance: of the data's residuals.
+        far: of every joint.
     """
     frames, dof = blocks.gradient.shape
-    bands = band_matrix(blocks, smoothness, torch.ones(frames, dof, dtype=torch.float64), 0.0)
+    told = replace(blocks, hessian=blocks.hessian / variance, mixed=blocks.mixed / variance)
+    bands = band_matrix(told, smoothness, torch.ones(frames, dof, dtype=torch.float64), 0.0, SINGULAR)
     factor = scipy.linalg.cholesky_banded(bands, check_finite=False)
     out = np.zeros((frames, dof, dof))
     for i in range(frames):
@@ -194,13 +207,13 @@ def covariances(
         columns[place] = np.eye(dof)
         out[i] = scipy.linalg.cho_solve_banded((factor, False), columns, check_finite=False)[place]
     if mixed := blocks.mixed.shape[-1]:
-        border = blocks.mixed.double().reshape(frames * dof, mixed).numpy()
+        border = told.mixed.double().reshape(frames * dof, mixed).numpy()
         solved = scipy.linalg.cho_solve_banded((factor, False), border, check_finite=False)
-        schur = blocks.shared_hessian.double().numpy() + 1e-12 * np.eye(mixed) - border.T @ solved
+        schur = blocks.shared_hessian.double().numpy() / variance + 1e-12 * np.eye(mixed) - border.T @ solved
         parts = solved.reshape(frames, dof, mixed)
         out += parts @ np.linalg.inv(schur) @ parts.transpose(0, 2, 1)
-    covariance = torch.from_numpy(variance * 0.5 * (out + out.transpose(0, 2, 1)))
-    unknown = ~(covariance.diagonal(dim1=1, dim2=2) < far**2)
+    covariance = torch.from_numpy(0.5 * (out + out.transpose(0, 2, 1)))
+    unknown = ~(covariance.diagonal(dim1=1, dim2=2) < far.double().square())
     covariance = covariance.masked_fill(unknown[:, :, None] | unknown[:, None, :], 0.0)
     return (covariance + torch.diag_embed(torch.where(unknown, torch.inf, 0.0))).float()
 

@@ -12,6 +12,7 @@ import torch
 
 import kinesplat as ks
 from kinesplat import cli
+from kinesplat.commands.track import origin, read_partial, row_of
 from kinesplat.errors import InputError, UnseenError
 from kinesplat.files import write_png
 from kinesplat.inverse.mending import mended
@@ -195,6 +196,30 @@ def test_frames_do_not_depend_on_interruptions(arm: ks.SelfModel, clip: tuple[to
         assert a.loss == b.loss
 
 
+def test_resuming_only_what_is_the_same(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...], tmp_path: Path) -> None:
+    """Frames are taken over from a run with the same model, video, camera and options only."""
+    q, camera, frames, masks, scene = clip
+    asked = TrackOptions(masks=masks, q_init=q[0])
+    tracker = start_tracker(arm, frames, camera, asked)
+    frame = TrackedFrame(q[0].float(), camera.T_cam_world, torch.zeros(arm.tree.dof), 0.5, "searched")
+    path = tmp_path / "partial.jsonl"
+    path.write_text("\n".join([json.dumps(origin(tracker)), row_of(frame)]))
+    assert torch.equal(read_partial(path, tracker)[0].q, frame.q)
+    others = {
+        "another model": start_tracker(arm.subsample(1_900), frames, camera, asked),
+        "another video": start_tracker(arm, frames.flip(0), camera, asked),
+        "another camera": start_tracker(arm, frames, replace(camera, K=1.01 * camera.K), asked),
+        "other options": start_tracker(arm, frames, camera, replace(asked, q_init=None)),
+    }
+    for message, other in others.items():
+        with pytest.raises(InputError, match=message):
+            read_partial(path, other)
+    for text in ("null", row_of(frame), "{", ""):
+        path.write_text(text)
+        with pytest.raises(InputError, match="without --resume"):
+            read_partial(path, tracker)
+
+
 def test_command(
     arm: ks.SelfModel, clip: tuple[torch.Tensor, ...], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -226,10 +251,20 @@ def test_command(
         cli.main()
     assert stop.value.code == 130
     lines = partial.read_text().splitlines()
-    partial.write_text("\n".join([*lines[:2], lines[2][:40]]))
+    for broken in (lines[3][:40], "null", '{"q": 1}', lines[3].replace("[", "[[0.0],", 1)):
+        partial.write_text("\n".join([*lines[:3], broken]))
+        with patch("sys.argv", [*words, "--resume"]), cut_off, pytest.raises(SystemExit):
+            cli.main()
+        assert partial.read_text().splitlines() == lines  # nothing is written behind what is broken
     with patch("sys.argv", [*words, "--resume"]):
         cli.main()
     assert (tmp_path / "out.csv").read_bytes() == before
+    partial.write_text("\n".join(lines))
+    for other, message in ((["--colour-weight", "0.5"], "other options"), (["--overlay", "a.avi"], ".mp4 or .gif")):
+        with patch("sys.argv", [*words, "--resume", *other]), pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_videos(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def write_model_file(path: str | Path, tensors: Mapping[str, Tensor], header: Ma
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     body = {**header, "format_version": FORMAT_VERSION}
-    text = json.dumps({**body, "checksum": _checksum(stored, body)}, sort_keys=True)
+    text = json.dumps({**body, "checksum": checksum_of(stored, body)}, sort_keys=True)
     with written_whole(path) as temporary:
         try:
             save_file(stored, temporary, metadata={_KEY: text})
@@ -53,7 +53,7 @@ def read_model_file(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         raise ModelFileError(f"{path}: cut short, or no safetensors file ({error})") from error
     header = read_header_text(path, metadata)
     checksum = header.pop("checksum", None)
-    if checksum != _checksum(tensors, header):
+    if checksum != checksum_of(tensors, header):
         raise ModelFileError(f"{path}: corrupt, its checksum does not match its contents")
     return tensors, header
 
@@ -94,7 +94,7 @@ def read_header_text(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return header
 
 
-def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+def checksum_of(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     """SHA-256 over the header and over name, dtype, shape and bytes of every tensor, in the order of names."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):

@@ -86,11 +86,10 @@ def write_video(path: Path, frames: Iterable[Float[Tensor, "height width 3"]], r
         InputError: another ending, or the file cannot be written.
         BackendError: an MP4 without PyAV installed.
     """
+    check_video(path)
     if path.suffix.lower() == ".gif":
         pictures = list(frames)
         return write_gif(path, pictures, len(pictures) / rate)
-    if path.suffix.lower() != ".mp4":
-        raise InputError(f"{path}: videos are written as .mp4 or .gif")
     av = _pyav()
     with written_whole(path) as temporary, av.open(str(temporary), mode="w", format="mp4") as container:
         stream = None
@@ -105,6 +104,21 @@ def write_video(path: Path, frames: Iterable[Float[Tensor, "height width 3"]], r
         if stream is not None:
             container.mux(stream.encode(None))
     return path
+
+
+def check_video(path: Path) -> None:
+    """Refuse a video that could not be written in the end.
+
+    Raises:
+        InputError: neither .mp4 nor .gif, or the folder is missing.
+        BackendError: an MP4 without PyAV installed.
+    """
+    if path.suffix.lower() not in (".mp4", ".gif"):
+        raise InputError(f"{path}: videos are written as .mp4 or .gif")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder")
+    if path.suffix.lower() == ".mp4":
+        _pyav()
 
 
 def _even(frame: UInt8[Tensor, "height width 3"]) -> UInt8[Tensor, "h w 3"]:

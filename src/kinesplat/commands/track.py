@@ -30,11 +30,12 @@ from kinesplat.errors import BackendError, InputError
 from kinesplat.files import read_image, read_mask, written_whole
 from kinesplat.inverse.mending import mended
 from kinesplat.inverse.track import TrackOptions, collected, start_tracker
-from kinesplat.inverse.track_result import TrackedFrame, TrackResult
+from kinesplat.inverse.track_result import STATES, TrackedFrame, TrackResult
 from kinesplat.inverse.tracker import Tracker
+from kinesplat.model_file import checksum_of
 from kinesplat.report import overlay
 from kinesplat.self_model import SelfModel
-from kinesplat.video import frame_rate, picture_files, read_frames, write_video
+from kinesplat.video import check_video, frame_rate, picture_files, read_frames, write_video
 
 
 def track(
@@ -69,10 +70,12 @@ def track(
         q_init: joint values of the first frame, right within about 0.3 rad; default: search all configurations.
         optimize_camera: also follow the camera, from the given one on; needs masks or a plain background.
         colour_weight: weight of the colours against the mask; 0.1 for photographs whose light is not a headlight.
-        resume: go on where an interrupted run stopped.
+        resume: go on where an interrupted run stopped; refused for another model, video, camera or other options.
     """
     device = device_of(common)
     check_output(output)
+    if overlay is not None:
+        check_video(overlay)
     loaded = load_model(model)
     began = time.perf_counter()
     options = TrackOptions(
@@ -103,13 +106,14 @@ def run(tracker: Tracker, partial: Path, resume: bool, began: float) -> TrackRes
     done = read_partial(partial, tracker) if resume and partial.is_file() else []
     found, first = list(done), 0.0
     try:
-        with partial.open("a" if done else "w") as file, Progress(disable=not err.is_terminal, transient=True) as bar:
+        with written_whole(partial) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in [json.dumps(origin(tracker)), *map(row_of, done)]))
+        with partial.open("a") as file, Progress(disable=not err.is_terminal, transient=True) as bar:
             task = bar.add_task("tracking", total=len(tracker.clip.rgb), completed=len(done))
             for frame in tracker.frames(done):
                 first = first or time.perf_counter() - began
                 found.append(frame)
-                row = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in asdict(frame).items()}
-                file.write(json.dumps(row) + "\n")
+                file.write(row_of(frame) + "\n")
                 file.flush()
                 bar.advance(task)
     except OSError as error:
@@ -119,23 +123,64 @@ def run(tracker: Tracker, partial: Path, resume: bool, began: float) -> TrackRes
     return collected(tracker, found, time.perf_counter() - began, first)
 
 
+def origin(tracker: Tracker) -> dict[str, str]:
+    """What a run was asked for: a checksum of each of its inputs."""
+    model, clip = tracker.model, tracker.clip
+    splats = {**model.parameters.tensors(), **model.tree.to_tensors(), "link_index": model.link_index}
+    networks = {f"{n}.{key}": v for n, network in model.networks.items() for key, v in network.state_dict().items()}
+    video = {"rgb": clip.rgb, "masks": clip.masks, "backdrop": clip.backdrop}
+    options = {name: getattr(tracker, name) for name in ("camera_free", "camera_known", "colour_weight", "seed")}
+    parts: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("model", {**splats, **networks}, {}),
+        ("video", video, {}),
+        ("camera", {"K": tracker.camera.K, "T_cam_world": tracker.camera.T_cam_world}, {}),
+        ("options", {"q_init": tracker.q_init}, options),
+    ]
+    return {
+        name: checksum_of({key: v.detach().cpu() for key, v in tensors.items() if v is not None}, header)
+        for name, tensors, header in parts
+    }
+
+
+def row_of(frame: TrackedFrame) -> str:
+    """A finished frame as a line of JSON."""
+    return json.dumps({k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in asdict(frame).items()})
+
+
 def read_partial(path: Path, tracker: Tracker) -> list[TrackedFrame]:
-    """The frames that an interrupted run left; a line that was cut off is left out.
+    """The frames that an interrupted run left, up to a line that was cut off or is no frame.
 
     Raises:
-        InputError: they are of another robot or video.
+        InputError: they are of another model, video, camera, or of other options.
     """
+    try:
+        first, *lines = path.read_text().splitlines() or ["{}"]
+        known = json.loads(first)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not the frames of an interrupted run ({error}); run without --resume") from error
+    for name, checksum in origin(tracker).items():
+        if not isinstance(known, dict) or known.get(name) != checksum:
+            what = "of other options" if name == "options" else f"of another {name}"
+            raise InputError(f"{path} holds frames {what}; delete it, or run without --resume")
     found = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
+    for line in lines[: len(tracker.clip.rgb)]:
+        frame = _frame_of(line, tracker.model.tree.dof)
+        if frame is None:
             break
-        tensors = {k: torch.tensor(row[k]) for k in ("q", "T_cam_world", "std")}
-        found.append(TrackedFrame(**tensors, loss=row["loss"], state=row["state"]))
-    if found and (len(found[0].q) != tracker.model.tree.dof or len(found) > len(tracker.clip.rgb)):
-        raise InputError(f"{path} belongs to another robot or video; delete it, or run without --resume")
+        found.append(frame)
     return found
+
+
+def _frame_of(line: str, dof: int) -> TrackedFrame | None:
+    """A line of `row_of`; None for any other."""
+    try:
+        row = json.loads(line)
+        q, T, std = (torch.tensor(row[name], dtype=torch.float32) for name in ("q", "T_cam_world", "std"))
+        loss, state = float(row["loss"]), row["state"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    fits = q.shape == std.shape == (dof,) and T.shape == (4, 4) and state in STATES
+    return TrackedFrame(q, T, std, loss, state) if fits else None
 
 
 def read_masks(path: Path) -> Iterator[torch.Tensor]:

@@ -278,7 +278,7 @@ class Place:
             "nearest": min(away, key=lambda name: away[name]) == self.colour,
             "off_mm": away[self.colour],
             "check": check.to_json(),
-            "contacts": [list(contact) for contact in execution.contacts],
+            "contacts": [list(contact) for contact in execution.contacts or ()],
         }
 
     def finish(self, row: dict[str, Any]) -> None:

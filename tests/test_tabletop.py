@@ -1,5 +1,7 @@
 """The tabletop world: its policy reaches, its pictures show what MuJoCo holds, motion is checked and executed."""
 
+import json
+
 import mujoco
 import pytest
 import torch
@@ -9,6 +11,15 @@ from kinesplat.errors import InputError
 from kinesplat.imagination.execution import SETTLE_S, check_trajectory, execute, executing
 from kinesplat.imagination.joints import joint_ids, joints_of, place, robot_qpos, start_state
 from kinesplat.imagination.tabletop import COLOURS, Scene, Tabletop, camera, inverse_kinematics
+
+UNSOLID = """<mujoco>
+  <worldbody>
+    <body name="link" pos="0 0 .2"><joint name="turn"/><geom size=".1" contype="0" conaffinity="0"/></body>
+    <body name="table"><geom size=".3"/></body>
+  </worldbody>
+  <actuator><position joint="turn" kp="5" kv="1"/></actuator>
+</mujoco>"""
+"""A link that passes through the table."""
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +86,37 @@ def test_a_bad_motion_is_told(world: Tabletop) -> None:
     check = check_trajectory(world.robot, q, 0.2, world.data(setting))
     assert set(check.too_fast) == {"shoulder"}
     assert not check.passed
-    assert any(thing == "world" for _, _, thing in check.contacts)
+    assert any(thing == "world" for _, _, thing in check.contacts or ())
     assert "runs into" in check.report()
     beyond = start.clone()
     beyond[0] = 3.0
     check = check_trajectory(world.robot, torch.stack([start, beyond]), 100.0)
     assert check.beyond_limits == pytest.approx({"waist": 0.2})
+    assert check.contacts is None  # there is no scene
+    assert "collision with a scene unknown" in check.report()
     folded = start.clone()
     folded[1], folded[2], folded[4] = -1.9, -2.4, -1.8
     assert check_trajectory(world.robot, torch.stack([start, folded]), 100.0).self_collisions == (1,)
+
+
+def test_no_collision_is_said_only_where_shapes_could_tell(world: Tabletop) -> None:
+    setting = scene()
+    q = torch.stack([setting.q_start, setting.q_start + 0.001])
+    whole = check_trajectory(world.robot, q, 1.0, world.data(setting))
+    assert (whole.self_collisions, whole.contacts) == ((), ())
+    assert whole.report() == "checked: within limits and speeds, no collision"
+    model = mujoco.MjModel.from_xml_string(UNSOLID)
+    robot = load_description(model)
+    q = torch.tensor([[0.0], [0.1]], dtype=torch.float64)
+    check = check_trajectory(robot, q, 1.0, mujoco.MjData(model))
+    assert check.passed
+    assert "self-collision unknown" in check.report()
+    assert "no collision" not in check.report()
+    written = json.loads(json.dumps(check.to_json(), allow_nan=False))
+    assert (written["self_collision_frames"], written["contacts"]) == (None, None)
+    execution = execute(robot, q, 0.1, mujoco.MjData(model))
+    assert execution.contacts is None
+    assert "no contact" not in execution.report()
 
 
 def test_executing_stops_at_the_times_of_the_frames(world: Tabletop) -> None:
@@ -108,7 +141,7 @@ def test_a_pushed_block_is_a_contact(world: Tabletop) -> None:
     down = inverse_kinematics(arm, beside, above)
     q = torch.stack([setting.q_start, above, down, inverse_kinematics(arm, through, down)])
     execution = execute(arm, q, 1.0, world.data(setting))
-    assert any(thing == "red block" for _, _, thing in execution.contacts)
+    assert any(thing == "red block" for _, _, thing in execution.contacts or ())
     assert "touched red block" in execution.report()
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mujoco
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,34 +25,36 @@ Contact = tuple[int, str, str]
 
 @dataclass(frozen=True)
 class TrajectoryCheck:
-    """What is wrong with a trajectory; nothing, where all four are empty.
+    """What is wrong with a trajectory; nothing that could be told, where all four are empty.
 
     Attributes:
         beyond_limits: by joint, how far the trajectory goes beyond its limits [rad]/[m].
         too_fast: by joint, the greatest speed where it is above what the joint is trusted with [rad/s]/[m/s].
-        self_collisions: frames in which two links run into each other.
-        contacts: first frame in which a link runs into a thing of the scene, the link, the thing.
+        self_collisions: frames in which two links run into each other; None where the description has no shapes for it.
+        contacts: first frame in which a link runs into a thing of the scene, the link, the thing; None without a scene,
+            or where no shape of the robot can collide with one of the scene.
     """
 
     beyond_limits: dict[str, float]
     too_fast: dict[str, float]
-    self_collisions: tuple[int, ...]
-    contacts: tuple[Contact, ...]
+    self_collisions: tuple[int, ...] | None
+    contacts: tuple[Contact, ...] | None
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether nothing is wrong, as far as it could be told."""
         return not (self.beyond_limits or self.too_fast or self.self_collisions or self.contacts)
 
     def report(self) -> str:
         """One line for a person."""
-        if self.passed:
-            return "checked: within limits and speeds, no collision"
         words = [f"{name} {value:.3g} beyond its limit" for name, value in self.beyond_limits.items()]
         words += [f"{name} at {value:.3g} per second" for name, value in self.too_fast.items()]
         words += [f"self-collision in {len(self.self_collisions)} frame(s)"] if self.self_collisions else []
-        words += [f"{link} runs into {thing} in frame {frame}" for frame, link, thing in self.contacts]
-        return "checked: " + "; ".join(words)
+        words += [f"{link} runs into {thing} in frame {frame}" for frame, link, thing in self.contacts or ()]
+        unknown = [] if self.self_collisions is not None else ["self-collision unknown, for want of collision shapes"]
+        unknown += [] if self.contacts is not None else ["collision with a scene unknown"]
+        fine = "within limits and speeds" + ("" if unknown else ", no collision")
+        return "checked: " + "; ".join((words or [fine]) + unknown)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionary."""
@@ -59,8 +62,8 @@ class TrajectoryCheck:
             "passed": self.passed,
             "beyond_limits": self.beyond_limits,
             "too_fast_per_s": self.too_fast,
-            "self_collision_frames": list(self.self_collisions),
-            "contacts": [list(contact) for contact in self.contacts],
+            "self_collision_frames": None if self.self_collisions is None else list(self.self_collisions),
+            "contacts": None if self.contacts is None else [list(contact) for contact in self.contacts],
         }
 
 
@@ -73,18 +76,20 @@ class Execution:
         q_end: ``(dof,)`` where they were half a second after the last.
         error: greatest distance of a hinge from what it was told, at the end [rad].
         contacts: every contact of a link with a thing of the scene: the frame towards which the robot went when it
-            began, even if it ended before that frame's time.
+            began, even if it ended before that frame's time; None where no shape of the robot can collide with one of
+            the scene.
     """
 
     q: Float[Tensor, "frames dof"]
     q_end: Float[Tensor, " dof"]
     error: float
-    contacts: tuple[Contact, ...]
+    contacts: tuple[Contact, ...] | None
 
     def report(self) -> str:
         """One line for a person."""
-        touched = ", ".join(f"{link} touched {thing} in frame {frame}" for frame, link, thing in self.contacts)
-        return f"executed: {len(self.q)} frames, at the end {self.error:.3f} rad off at most; {touched or 'no contact'}"
+        touched = ", ".join(f"{link} touched {thing} in frame {frame}" for frame, link, thing in self.contacts or ())
+        none = "no shapes that could touch" if self.contacts is None else "no contact"
+        return f"executed: {len(self.q)} frames, at the end {self.error:.3f} rad off at most; {touched or none}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionary."""
@@ -92,7 +97,7 @@ class Execution:
             "q": self.q.tolist(),
             "q_end": self.q_end.tolist(),
             "error_rad": self.error,
-            "contacts": [list(contact) for contact in self.contacts],
+            "contacts": None if self.contacts is None else [list(contact) for contact in self.contacts],
         }
 
 
@@ -120,12 +125,12 @@ def check_trajectory(
     speed = (q.diff(dim=0).abs() / seconds).amax(dim=0)
     trusted = [MAX_SPEED[kind] for kind in tree.joint_types]
     collision = SelfCollision(robot)
-    colliding = (~collision.free(q)).nonzero()[:, 0].tolist() if collision.can_tell else []
+    colliding = tuple((~collision.free(q)).nonzero()[:, 0].tolist()) if collision.can_tell else None
     return TrajectoryCheck(
         {n: b for n, b in zip(tree.joint_names, beyond.tolist(), strict=True) if b > LIMIT_TOLERANCE},
         {n: s for n, s, most in zip(tree.joint_names, speed.tolist(), trusted, strict=True) if s > most},
-        tuple(colliding),
-        () if state is None else _contacts_of_frames(robot, q, state),
+        colliding,
+        None if state is None else _contacts_of_frames(robot, q, state),
     )
 
 
@@ -152,7 +157,8 @@ def execute(robot: Robot, q: Float[Tensor, "frames dof"], seconds: float, state:
         reached.append(joints_of(robot, state))
     hinges = torch.tensor([kind == "hinge" for kind in robot.tree.joint_types])
     off = (reached[-1] - q[-1].double()).abs()[hinges]
-    found = tuple((frame, link, thing) for (link, thing), frame in contacts.items())
+    told = _can_touch(state.model, bodies)
+    found = tuple((frame, link, thing) for (link, thing), frame in contacts.items()) if told else None
     return Execution(torch.stack(reached[:-1]), reached[-1], float(off.max()) if len(off) else 0.0, found)
 
 
@@ -189,8 +195,18 @@ def executing(
     yield len(targets)
 
 
-def _contacts_of_frames(robot: Robot, q: Tensor, state: mujoco.MjData) -> tuple[Contact, ...]:
+def _can_touch(world: mujoco.MjModel, bodies: set[int]) -> bool:
+    """Whether the world lets any shape of these bodies collide with one of another body."""
+    inside = np.isin(world.geom_bodyid, list(bodies))
+    kind, with_kind = world.geom_contype, world.geom_conaffinity
+    pairs = (kind[inside, None] & with_kind[~inside]) | (with_kind[inside, None] & kind[~inside])
+    return bool(pairs.any()) or world.npair > 0
+
+
+def _contacts_of_frames(robot: Robot, q: Tensor, state: mujoco.MjData) -> tuple[Contact, ...] | None:
     data, bodies = mujoco.MjData(state.model), robot_bodies(robot, state.model)
+    if not _can_touch(state.model, bodies):
+        return None
     data.qpos[:] = state.qpos
     found: dict[tuple[str, str], int] = {}
     for frame, row in enumerate(q):

@@ -44,6 +44,8 @@ def main() -> None:
     camera = ks.Camera(torch.tensor(labels["K"]), T_cam_world, *labels["image_size"])
     numbers = arguments.frames
     frames = [f for f in labels["frames"] if numbers is None or f["image"] in [f"image_{n}.png" for n in numbers]]
+    if not frames:
+        parser.error(f"no such frame; there are {', '.join(f['image'] for f in labels['frames'])}")
     head = ["frame", "start", "start off [deg]", "joints 1-6 off [deg]", "joint 7 off [deg]", "IoU at labels"]
     print("| " + " | ".join([*head, "IoU of fit", "verdict", "weak", "s"]) + " |\n" + "|---" * 10 + "|")
     for frame in frames if arguments.only != "calibrations" else []:

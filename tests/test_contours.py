@@ -2,17 +2,20 @@
 
 import math
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 
 import kinesplat as ks
+from kinesplat.description import Robot
 from kinesplat.errors import InputError
 from kinesplat.inverse.calibration import CalibrationObjective, CameraGuesses, Rig
 from kinesplat.inverse.camera_search import angles_between
 from kinesplat.inverse.contour_calibration import contour_objective
 from kinesplat.inverse.contour_cameras import Templates, sphere, turned
-from kinesplat.inverse.contour_fit import verdict_of
+from kinesplat.inverse.contour_fit import rested, verdict_of
 from kinesplat.inverse.contour_objective import OUTPUTS, by_link, image_rows, strays
 from kinesplat.inverse.contour_search import ContourLevel, fixed_links, objective_at, only_links, poses_on
 from kinesplat.inverse.contours import PATCH, Contours, spread_choice, straight_edge, unlit
@@ -233,6 +236,65 @@ def test_what_contours_cannot_do_is_refused(kinearm: ks.SelfModel, scene: Scene)
         ks.calibrate(kinearm, rgb[None], q[None], camera.K, free=["focal"])
     with pytest.raises(InputError, match="first guess"):
         ks.calibrate(kinearm, rgb[None], q[None], camera.K, mount="palm")
+
+
+def test_pictures_that_show_no_backdrop_are_left_to_contours(
+    kinearm: ks.SelfModel, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The median of equal pictures shows the robot, which then differs nowhere; focal lengths have no other way."""
+
+    class Reached(Exception):
+        pass
+
+    def by_contours(objective: CalibrationObjective, *rest: object) -> None:
+        assert objective.observation.unknown
+        raise Reached
+
+    monkeypatch.setattr(import_module("kinesplat.inverse.calibrate"), "calibrated_by_contours", by_contours)
+    q, camera, rgb = scene
+    pictures, joints = rgb.expand(3, -1, -1, -1), q.expand(3, -1)
+    with pytest.raises(Reached):
+        ks.calibrate(kinearm, pictures, joints, camera.K)
+    with pytest.raises(InputError, match="differs nowhere"):
+        ks.calibrate(kinearm, pictures, joints, camera.K, free=["focal"])
+
+
+ARM = """<mujoco><compiler angle="radian"/><worldbody><body name="base"><geom type="box" size=".06 .09 .04" rgba=".8 .3 .2 1"/>{}
+</body></worldbody></mujoco>"""
+LINK = """
+<body name="link{0}" pos="{1} 0 .06">
+<joint name="joint{0}" axis="0 0 1" range="-1.5 1.5"/>
+<geom type="box" pos=".12 .02 0" size=".14 .04 .02" rgba=".3 .{0} .9 1"/>{2}</body>"""
+
+
+def flat_arm(folder: Path, joints: int) -> Robot:
+    """Bars on top of each other."""
+    links = ""
+    for number in reversed(range(joints)):
+        links = LINK.format(number, 0.24 * number, links)
+    (folder / "arm.xml").write_text(ARM.format(links))
+    return ks.load_description(folder / "arm.xml")
+
+
+def test_two_joints_before_clutter(tmp_path: Path) -> None:
+    """Without a mask and a start."""
+    model = ks.SelfModel.from_description(flat_arm(tmp_path, 2), n=3_000)
+    q = torch.tensor([0.7, -0.9])
+    camera = ks.Camera.framing(model.posed(q).means, width=192, height=144)
+    out = model.render(q, camera)
+    assert out.rgb is not None
+    assert out.alpha is not None
+    rgb = out.rgb - (1.0 - out.alpha[..., None]) * (1.0 - clutter(144, 192, 0))
+    fit = ks.reconstruct(model, rgb.clamp(0, 1), camera)
+    assert (fit.q - q).abs().max() < 0.05
+    assert fit.verdict == "converged"
+    assert fit.ambiguous_joints == ()
+
+
+def test_a_single_joint_is_never_rested(tmp_path: Path) -> None:
+    tree = flat_arm(tmp_path, 1).tree
+    parents = Configurations(tree, torch.zeros(2, 1), torch.eye(4).expand(2, 1, 4, 4), False)
+    assert rested(parents, torch.ones(1)).q.shape == (0, 1)
 
 
 @pytest.mark.slow

@@ -96,8 +96,9 @@ def calibrate(
         given = None if T_cam_base_init is None else checked_transforms(T_cam_base_init, rig)
         if not seen.unknown:
             learned = masks is None and backdrop is None and seen.backdrop is not None
-            result = by_pixels(objective, rig, K, given, seed, bar, 1 if learned else SEARCHES)
-            if result.verdict != "failed" or not learned or rig.focal_free:
+            more = learned and not rig.focal_free  # contours are left to look for
+            result = by_pixels(objective, rig, K, given, seed, bar, 1 if more else SEARCHES, more)
+            if result is not None:
                 return replace(result, seconds=time.perf_counter() - began)
             objective = replace(objective, observation=replace(seen, backdrop=None, unknown=True))
         result = calibrated_by_contours(objective, rig, K, given, seed, bar)
@@ -112,8 +113,42 @@ def by_pixels(
     seed: int,
     bar: Progress,
     searches: int,
+    more: bool,
+) -> CalibrationResult | None:
+    """The cameras where masks, a plain background or a backdrop tell the robot from what is behind it.
+
+    Args:
+        objective: model and pictures.
+        rig: what is known.
+        K: intrinsics at the full size.
+        given: first guesses of ``T_cam_mount``.
+        seed: of the random rotations.
+        bar: where progress is shown.
+        searches: how many are made, at most.
+        more: whether there is another way: None is returned where this one leads nowhere.
+
+    Raises:
+        InputError: the robot is not seen, or a camera ended up inside it, and there is no other way.
+    """
+    try:
+        result = by_background(objective, rig, K, given, seed, bar, searches)
+    except InputError:  # the caller's input was checked before: it is the backdrop or the answer that is refused
+        if not more:
+            raise
+        return None
+    return None if more and result.verdict == "failed" else result
+
+
+def by_background(
+    objective: CalibrationObjective,
+    rig: Rig,
+    K: Float[Tensor, "cams 3 3"],
+    given: Float[Tensor, "cams 4 4"] | None,
+    seed: int,
+    bar: Progress,
+    searches: int,
 ) -> CalibrationResult:
-    """The cameras where masks, a plain background or a backdrop tell the robot from what is behind it."""
+    """The answer of the pixels, and how it changes where images are left out."""
     solutions, finest = looked_for(objective, rig, K, given, seed, bar, searches)
     groups = spread_groups(rig)
     task = bar.add_task("leaving images out", total=len(groups))

@@ -149,7 +149,7 @@ def rested(parents: Configurations, reference: Float[Tensor, " dof"]) -> Configu
     rows = []
     for first in range(max(1, dof - LAST_JOINTS), dof):
         rows.append(torch.cat([parents.q[:, :first], reference[first:].expand(len(parents.q), -1)], dim=1))
-    q = torch.cat(rows)
+    q = torch.cat(rows) if rows else parents.q[:0]
     return replace(parents, q=q, T_cam_world=parents.T_cam_world[:1].expand(len(q), -1, -1, -1))
 
 

@@ -25,6 +25,7 @@ from kinesplat.self_model import SelfModel
 from kinesplat.twists import adjoint
 
 STEP = 0.26
+MOST = 50_000
 SCREENED, KEPT = 300, 120
 APART = 0.1
 BATCH = 64
@@ -107,6 +108,9 @@ def along_chain(model: SelfModel, seen: Observation, reference: Float[Tensor, " 
         values = grid(lower[joint].item(), upper[joint].item(), STEP * joint_scale(tree)[joint].item())
         state = state.select(torch.arange(len(state.q)).repeat_interleave(len(values)))
         state.q[:, joint] = values.repeat(len(state.q) // len(values))
+        if len(state.q) > MOST:
+            some = torch.randperm(len(state.q), generator=torch.Generator().manual_seed(joint))[:MOST]
+            state = state.select(some)
         if len(state.q) <= SCREENED and joint < tree.dof - 1:
             continue
         links = fixed_links(tree, joint)
@@ -143,9 +147,8 @@ def fixed_links(tree: KinematicTree, joint: int) -> Int64[Tensor, " some"]:
 
 
 def only_links(model: SelfModel, links: Int64[Tensor, " some"]) -> SelfModel:
-    """The model with the splats of these links alone."""
+    """The `unlit` model with the splats of these links alone."""
     kept = torch.nonzero(torch.isin(model.link_index, links))[:, 0]
     if len(kept) == len(model.link_index):
         return model
-    shader = None if model.shader is None else model.shader.select(kept)
-    return replace(model, parameters=model.parameters.select(kept), link_index=model.link_index[kept], shader=shader)
+    return replace(model, parameters=model.parameters.select(kept), link_index=model.link_index[kept])

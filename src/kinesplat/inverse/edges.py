@@ -55,11 +55,6 @@ class EdgePictures:
         largest = 0.5 * (self.squares[:, 0] + self.squares[:, 1:].norm(dim=1))
         return largest / (largest + 3.0 * CLEAR**2)
 
-    def select(self, rows: Tensor) -> "EdgePictures":
-        """Some of the views."""
-        camera = Camera(self.camera.K[rows], self.camera.T_cam_world, self.camera.width, self.camera.height)
-        return type(self)(self.rgb[rows], camera, self.squares[rows])
-
 
 def sampled(planes: Float[Tensor, "c height width"], points: Float[Tensor, "*shape 2"]) -> Float[Tensor, "*shape c"]:
     """Bilinear values at points [px] (pixel centres at +0.5); beyond the border those of the border."""

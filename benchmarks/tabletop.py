@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -340,7 +341,7 @@ def film(videos: list[Tensor]) -> list[Tensor]:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     numbers: dict[str, float] = {name: sum(row[name] for row in rows) for name in ("reached", "nearest")}
-    numbers["off_median_mm"] = torch.tensor([row["off_mm"] for row in rows]).median().item()
+    numbers["off_median_mm"] = statistics.median(row["off_mm"] for row in rows)
     if "joint_error_rad" in rows[0]:
         numbers["joint_error_rad"] = sum(row["joint_error_rad"] for row in rows) / len(rows)
     return numbers

@@ -234,6 +234,10 @@ def test_bad_input(kinearm: ks.SelfModel) -> None:
         ks.calibrate(kinearm, rgb, q, camera.K, alpha, 2.0 * torch.eye(4))
     with pytest.raises(InputError, match="focal length needs masks"):
         ks.calibrate(kinearm, torch.rand(2, 32, 32, 3), q, camera.K, free=("focal",))
+    with pytest.raises(InputError, match="images are of type str"):
+        ks.calibrate(kinearm, ["a.png", "b.png"], q, camera.K)
+    with pytest.raises(InputError, match="backdrop is a str"):
+        ks.calibrate(kinearm, rgb, q, camera.K, backdrop="x")
     with pytest.raises(InputError, match="holds no configuration"):
         ks.calibrate(kinearm, rgb[:0], q[:0], camera.K)
 

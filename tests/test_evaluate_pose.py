@@ -1,6 +1,8 @@
 """Pose benchmarks: generated folders in the DREAM (NDDS) format, errors against closed forms, the command."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -10,6 +12,7 @@ from scipy.spatial.transform import Rotation
 
 import kinesplat as ks
 from kinesplat import cli
+from kinesplat.commands.evaluate_pose import Evaluated, distinct_names, markdown
 from kinesplat.errors import InputError
 from kinesplat.evaluation.pose import PoseSequence, add_auc, match_names, pose_errors, rigid_alignment
 from kinesplat.files import write_png
@@ -165,6 +168,69 @@ def test_alignment_against_scipy() -> None:
     assert torch.allclose(T[:3, :3] @ a.mean(0) + T[:3, 3], b.mean(0))
 
 
+def test_points_on_one_line_put_no_camera() -> None:
+    line = torch.linspace(0.0, 1.0, 4).double()[:, None] * torch.tensor([0.3, -0.2, 0.9]).double()
+    with pytest.raises(InputError, match="lie on one line"):
+        rigid_alignment(line + 1e-3 * torch.randn(4, 3), line)
+    with pytest.raises(InputError, match="2 point"):
+        rigid_alignment(torch.randn(2, 3).double(), torch.randn(2, 3).double())
+
+
+@pytest.mark.parametrize("names", [("base", "turret", "upper_arm"), ("base", "palm")])
+def test_too_few_keypoints_for_a_camera(
+    names: tuple[str, ...], arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, ks.Camera]
+) -> None:
+    """The first links are on the waist's axis: the camera may turn about it."""
+    folder, q, camera = recorded
+    shutil.rmtree(folder)
+    with patch(f"{__name__}.LINKS", names):
+        write_ndds(folder, arm, q, camera, 100.0)
+    sequence = PoseSequence.read(folder, arm.tree)
+    with pytest.raises(InputError, match=r"video: .* do not say where the camera is.*--camera free"):
+        sequence.camera(arm.tree)
+
+
+def test_one_keypoint_has_no_unit(arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, ks.Camera]) -> None:
+    folder, q, camera = recorded
+    shutil.rmtree(folder)
+    with patch(f"{__name__}.LINKS", ("palm",)):
+        write_ndds(folder, arm, q, camera, 100.0)
+    with pytest.raises(InputError, match="a single keypoint"):
+        PoseSequence.read(folder, arm.tree)
+
+
+def test_videos_that_annotate_different_joints(
+    arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, ks.Camera]
+) -> None:
+    """Every number of the table stands under its own joint."""
+    folder, q, camera = recorded
+    sequence = PoseSequence.read(folder, arm.tree)
+    annotated = sequence.annotated.clone()
+    annotated[0] = False
+    first, *others = arm.tree.joint_names
+    T, found = camera.T_cam_world, []
+    moved = q + 0.1 * torch.arange(arm.tree.dof)
+    for own in (replace(sequence, annotated=annotated), sequence):
+        errors = pose_errors(arm.tree, own, moved, T)
+        result = ks.TrackResult(arm.tree.joint_names, q, camera, q, (0.0,) * 4, ("tracked",) * 4, 1.0, 0.5)
+        found.append(Evaluated(own, result, errors))
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in markdown(found).splitlines())
+    assert len({len(row) for row in (head, *rows)}) == 1
+    cells = [dict(zip(head, row, strict=True)) for row in rows]
+    assert (cells[0][first], cells[1][first]) == ("-", "0.0000")
+    for name in found[0].errors.joint_error_rad:
+        assert cells[0][name] == cells[1][name] == f"{found[0].errors.joint_error_rad[name]:.4f}"
+    assert cells[1][others[0]] == "0.1000"
+
+
+def test_names_of_folders() -> None:
+    assert distinct_names((Path("a/cam"), Path("b/arm"))) == ["cam", "arm"]
+    assert distinct_names((Path("a/cam"), Path("b/cam"))) == ["a_cam", "b_cam"]
+    assert len(set(distinct_names((Path("a_b/c"), Path("a/b_c"), Path("x/c"), Path("y/b_c"))))) == 4
+    with pytest.raises(InputError, match="given twice"):
+        distinct_names((Path("a/cam"), Path("b"), Path("a/../a/cam")))
+
+
 def test_names() -> None:
     joints = ("joint1", "joint2", "finger_joint2")
     assert match_names(["panda_joint1", "franka/panda_finger_joint2", "velocity"], joints) == {0: 0, 1: 2}
@@ -191,6 +257,26 @@ def test_command(
     assert list((tmp_path / "out").glob("video_*.png"))
 
 
+def test_a_location_of_one_number(arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, ks.Camera]) -> None:
+    folder, _, _ = recorded
+    frame = json.loads((folder / "000001.json").read_text())
+    frame["objects"][0]["keypoints"][1]["location"] = [0.5]
+    (folder / "000001.json").write_text(json.dumps(frame))
+    with pytest.raises(InputError, match=r"000001\.json.*expected three numbers"):
+        PoseSequence.read(folder, arm.tree)
+
+
+def test_no_frames_asked_for(
+    arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, ks.Camera], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arm.save(tmp_path / "arm.safetensors")
+    words = ["kinesplat", "evaluate-pose", str(tmp_path / "arm.safetensors"), str(recorded[0]), "--frames", "-1"]
+    with patch("sys.argv", words), pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "expected at least 1" in " ".join(capsys.readouterr().err.split())
+
+
 def test_broken_folders(arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, ks.Camera], tmp_path: Path) -> None:
     folder, _, _ = recorded
     with pytest.raises(InputError, match="No such file"):
@@ -207,6 +293,18 @@ def test_broken_folders(arm: ks.SelfModel, recorded: tuple[Path, torch.Tensor, k
         (folder / f"{i:06}.json").write_text(json.dumps(frame))
     with pytest.raises(InputError, match="no joint of the robot is annotated"):
         PoseSequence.read(folder, arm.tree)
+    for joints in ([{"name": "joint1", "position": 0.0}, {"position": 0.0}], [{"name": 3, "position": 0.0}]):
+        frame["sim_state"]["joints"] = joints
+        (folder / "000000.json").write_text(json.dumps(frame))
+        with pytest.raises(InputError, match=r"000000\.json: no NDDS annotation"):
+            PoseSequence.read(folder, arm.tree)
+    settings = json.loads((folder / "_camera_settings.json").read_text())
+    entry = settings["camera_settings"][0]
+    for inner, message in (({**entry["intrinsic_settings"], "fx": 0}, "fx is 0"), ([], "no NDDS camera settings")):
+        text = json.dumps({"camera_settings": [{**entry, "intrinsic_settings": inner}]})
+        (folder / "_camera_settings.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            PoseSequence.read(folder, arm.tree)
     (folder / "_camera_settings.json").write_text("{}")
     with pytest.raises(InputError, match="no NDDS camera settings"):
         PoseSequence.read(folder, arm.tree)

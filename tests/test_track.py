@@ -198,7 +198,7 @@ def test_frames_do_not_depend_on_interruptions(arm: ks.SelfModel, clip: tuple[to
 
 def test_resuming_only_what_is_the_same(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...], tmp_path: Path) -> None:
     """Frames are taken over from a run with the same model, video, camera and options only."""
-    q, camera, frames, masks, scene = clip
+    q, camera, frames, masks, _ = clip
     asked = TrackOptions(masks=masks, q_init=q[0])
     tracker = start_tracker(arm, frames, camera, asked)
     frame = TrackedFrame(q[0].float(), camera.T_cam_world, torch.zeros(arm.tree.dof), 0.5, "searched")

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -76,7 +76,12 @@ def evaluate_pose(
     loaded = load_model(model)
     if not folders:
         raise InputError("no folder given: kinesplat evaluate-pose MODEL FOLDER...")
-    sequences = [PoseSequence.read(folder, loaded.tree) for folder in folders]
+    if frames is not None and frames < 1:
+        raise InputError(f"--frames is {frames}; expected at least 1")
+    names = distinct_names(folders)
+    sequences = [
+        replace(PoseSequence.read(folder, loaded.tree), name=name) for folder, name in zip(folders, names, strict=True)
+    ]
     make_folder(output)
     found = []
     for sequence in sequences:
@@ -92,6 +97,23 @@ def evaluate_pose(
     write_json(common.json, data)
     if any(e.result.verdict == "failed" for e in found):
         sys.exit(EXIT_FAILED)
+
+
+def distinct_names(folders: tuple[Path, ...]) -> list[str]:
+    """Names of the folders, with as many of the folders above as it takes to tell them apart.
+
+    Raises:
+        InputError: a folder is given twice.
+    """
+    paths = [folder.resolve() for folder in folders]
+    twice = [folder for folder, path in zip(folders, paths, strict=True) if paths.count(path) > 1]
+    if twice:
+        raise InputError(f"{twice[0]} is given twice")
+    for parts in range(1, max(len(path.parts) for path in paths)):
+        names = ["_".join(path.parts[1:][-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path.name}_{number}" for number, path in enumerate(paths)]
 
 
 def evaluated(
@@ -143,14 +165,14 @@ def summary(found: list[Evaluated]) -> dict[str, Any]:
 
 
 def markdown(found: list[Evaluated]) -> str:
-    """A table: one row per video, joints in columns."""
-    joints = list(found[0].errors.joint_error_rad)
+    """A table: one row per video, joints in columns, "-" where a video does not annotate one."""
+    joints = list(dict.fromkeys(name for e in found for name in e.errors.joint_error_rad))
     head = ["video", "frames", "lost", "doubtful", *joints, "mean [rad]", "ADD [mm]", "ADD median [mm]", "ADD AUC"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for e in found:
         x = e.errors
         row = [e.sequence.name, str(x.frames), *(str(e.result.states.count(s)) for s in ("lost", "doubtful"))]
-        row += [f"{v:.4f}" for v in x.joint_error_rad.values()]
+        row += [f"{x.joint_error_rad[name]:.4f}" if name in x.joint_error_rad else "-" for name in joints]
         row += [f"{x.joint_error_mean_rad:.4f}", f"{x.add_mm:.1f}", f"{x.add_median_mm:.1f}", f"{x.add_auc:.3f}"]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)

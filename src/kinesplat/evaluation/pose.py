@@ -8,6 +8,7 @@ robot's own size. Everything else is left unread: ``camera_data`` (the engine's 
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from kinesplat.kinematics import KinematicTree
 AUC_LIMIT_M = 0.1
 UNITS = {"metres": 1.0, "centimetres": 0.01}
 UNIT_TOLERANCE = 1.5
+LINE_SHARE = 0.02  # points that spread less across their line than along it are on one line
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,11 @@ class PoseSequence:
                 for source, target in joints.items():
                     q[i, target] = float(angles[frames[0][0][source]["name"]]["position"])
                 for column, source in enumerate(links):
-                    keypoints[i, column] = torch.tensor(points[frames[0][1][source]["name"]]["location"])
+                    keypoints[i, column] = _location(points[frames[0][1][source]["name"]]["location"])
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise InputError(f"{files[i]}: a joint or keypoint of the first frame is missing ({error})") from error
+                raise InputError(
+                    f"{files[i]}: a joint or keypoint of the first frame is missing or broken ({error})"
+                ) from error
         keypoints = keypoints * _unit(tree, q, keypoints, tuple(links.values()), folder)
         annotated = torch.zeros(tree.dof, dtype=torch.bool)
         annotated[list(joints.values())] = True
@@ -93,9 +97,19 @@ class PoseSequence:
         return replace(self, images=self.images[:count], q=self.q[:count], keypoints=self.keypoints[:count])
 
     def camera(self, tree: KinematicTree) -> Camera:
-        """The camera of the first frame, from its keypoints and joints (rigid alignment, Kabsch 1976)."""
+        """The camera of the first frame, from its keypoints and joints (rigid alignment, Kabsch 1976).
+
+        Raises:
+            InputError: fewer than three keypoints, or all of them on one line.
+        """
         world = tree.forward_kinematics(self.q[0])[list(self.links), :3, 3]
-        T = rigid_alignment(world.double(), self.keypoints[0].double()).float()
+        try:
+            T = rigid_alignment(world.double(), self.keypoints[0].double()).float()
+        except InputError as error:
+            raise InputError(
+                f"{self.name}: the keypoints of the first frame do not say where the camera is: {error}; "
+                "let it be estimated (--camera free)"
+            ) from error
         return Camera(self.K, T, self.width, self.height)
 
 
@@ -158,8 +172,18 @@ def add_auc(add: Float[Tensor, " frames"], limit: float = AUC_LIMIT_M) -> float:
 
 
 def rigid_alignment(source: Float[Tensor, "n 3"], target: Float[Tensor, "n 3"]) -> Float[Tensor, "4 4"]:
-    """The rigid motion that brings `source` closest to `target` in the sense of least squares."""
+    """The rigid motion that brings `source` closest to `target` in the sense of least squares.
+
+    Raises:
+        InputError: fewer than three points, or all of them on one line, about which any turn is as good.
+    """
     a, b = source - source.mean(dim=0), target - target.mean(dim=0)
+    if len(a) < 3:
+        raise InputError(f"{len(a)} point(s) where three are needed")
+    for points in (a, b):
+        spread = torch.linalg.svdvals(points)
+        if spread[1] <= LINE_SHARE * spread[0]:
+            raise InputError(f"its {len(a)} points lie on one line")
     U, _, Vt = torch.linalg.svd(a.T @ b)
     flip = torch.diag(torch.tensor([1.0, 1.0, torch.sign(torch.det(U @ Vt)).item()]).to(U))
     T = torch.eye(4).to(U)
@@ -172,18 +196,23 @@ def read_intrinsics(path: Path) -> tuple[Float[Tensor, "3 3"], int, int]:
     """K [px], width and height of ``_camera_settings.json``.
 
     Raises:
-        InputError: it is missing or lacks a key.
+        InputError: it is missing, lacks a key, or has lengths that are not positive.
     """
     try:
         entry = json.loads(path.read_text())["camera_settings"][0]
         s = entry["intrinsic_settings"]
         size = entry.get("captured_image_size") or s.get("resolution") or {"width": s["resX"], "height": s["resY"]}
         K = [[s["fx"], s.get("s", 0.0), s["cx"]], [0.0, s["fy"], s["cy"]], [0.0, 0.0, 1.0]]
-        return torch.tensor(K, dtype=torch.float32), int(size["width"]), int(size["height"])
+        found = torch.tensor(K, dtype=torch.float32), int(size["width"]), int(size["height"])
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise InputError(f"{path}: no NDDS camera settings ({error!r})") from error
+    lengths = {"fx": K[0][0], "fy": K[1][1], "width": found[1], "height": found[2]}
+    for name, value in lengths.items():
+        if not 0.0 < value < math.inf:
+            raise InputError(f"{path}: {name} is {value}; expected a positive number of pixels")
+    return found
 
 
 def match_names(given: Sequence[str], valid: Sequence[str]) -> dict[int, int]:
@@ -204,11 +233,13 @@ def _frame(path: Path, tree: KinematicTree) -> tuple[list[dict[str, Any]], list[
         joints, objects = data["sim_state"]["joints"], [o["keypoints"] for o in data["objects"] if "keypoints" in o]
         if not any("name" in joint for joint in joints):
             joints = [{**joint, "name": name} for joint, name in zip(joints, tree.joint_names, strict=False)]
+        if not all(isinstance(entry["name"], str) for entry in joints):
+            raise TypeError("a joint's name is no string")
         own = [points for points in objects if match_names([point["name"] for point in points], tree.link_names)]
         return joints, (own or objects)[0]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise InputError(f"{path}: no NDDS annotation of joints and keypoints ({error!r})") from error
 
 
@@ -222,17 +253,29 @@ def _unit(
     """Metres per unit of the keypoints: as far apart as the links are at the annotated joints, within half as much.
 
     Raises:
-        InputError: neither unit makes them so, or all keypoints coincide.
+        InputError: neither unit makes them so, there is one keypoint only, or all coincide.
     """
+    if keypoints.shape[1] == 1:
+        raise InputError(
+            f"{folder}: a single keypoint ({tree.link_names[links[0]]}) does not tell metres from centimetres; "
+            "expected two of the robot's links or more"
+        )
     expected = tree.forward_kinematics(q)[:, list(links), :3, 3].float()
     sizes = [(p - p.mean(dim=1, keepdim=True)).norm(dim=-1).mean(dim=1).median().item() for p in (expected, keypoints)]
     for metres in UNITS.values():
-        if expected.shape[1] == 1 or sizes[0] / UNIT_TOLERANCE < metres * sizes[1] < sizes[0] * UNIT_TOLERANCE:
+        if sizes[0] / UNIT_TOLERANCE < metres * sizes[1] < sizes[0] * UNIT_TOLERANCE:
             return metres
     raise InputError(
         f"{folder}: the keypoints are {sizes[1]:.3g} off their middle where the robot's are {sizes[0]:.3g} m; "
         f"neither {' nor '.join(UNITS)} fit: is it another robot?"
     )
+
+
+def _location(values: Any) -> Float[Tensor, "3"]:
+    location = torch.tensor(values, dtype=torch.float32)
+    if location.shape != (3,) or not bool(torch.isfinite(location).all()):
+        raise ValueError(f"location {values}, expected three numbers")
+    return location
 
 
 def _image_of(path: Path) -> Path:

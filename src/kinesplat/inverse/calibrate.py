@@ -26,7 +26,7 @@ from kinesplat.inverse.calibration_result import CalibrationResult, explained, s
 from kinesplat.inverse.camera_search import find_camera
 from kinesplat.inverse.contour_calibration import calibrated_by_contours
 from kinesplat.inverse.levenberg_marquardt import Solution, levenberg_marquardt
-from kinesplat.inverse.observation import ImageLike, Observation, plain_background
+from kinesplat.inverse.observation import ImageLike, Observation, image_shape, plain_background
 from kinesplat.kinematics import KinematicTree
 from kinesplat.self_model import SelfModel
 
@@ -228,7 +228,7 @@ def observed(
     for name, count in (("images", len(images)), ("masks", len(rig.q) if masks is None else len(masks))):
         if count != len(rig.q):
             raise InputError(f"{count} {name} but {len(rig.q)} configurations; expected one per configuration")
-    height, width = images[0].shape[:2]
+    _, height, width = image_shape(images[0])
     finest = FINE_LEVELS[-1 if len(rig.q) <= FINEST_IMAGES else -2].px
     full, white = Camera(K[0], torch.eye(4), width, height), torch.ones(height, width, 3)
     parts = []
@@ -253,6 +253,8 @@ def observed(
 
 def _checked_backdrop(backdrop: ImageLike, full: Camera, count: int) -> list[Observation]:
     """The scene without the robot, once or for every image."""
+    if not isinstance(backdrop, (list, tuple)) and not hasattr(backdrop, "ndim"):
+        raise InputError(f"backdrop is a {type(backdrop).__name__}; expected a tensor, an array, or a list of them")
     single = not isinstance(backdrop, (list, tuple)) and backdrop.ndim == 3
     pictures = [backdrop] if single else list(backdrop)
     if len(pictures) not in (1, count):

@@ -3,6 +3,7 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -131,6 +132,55 @@ def test_a_stop_after_minutes_leaves_the_model_as_it_stands_and_goes_on(tmp_path
     never_stopped = finetune(tiny_model(), clips(), tmp_path / "other", settings, base=base)
     torch.testing.assert_close(weights(ended), weights(never_stopped), rtol=0, atol=1e-6)
     assert steps_done(tmp_path / "out") == FULL.steps
+
+
+def test_all_processes_stop_by_one_clock(tmp_path: Path) -> None:
+    def told_by_another(late: list[bool]) -> None:
+        assert late == [False]
+        late[0] = True
+
+    with patch("accelerate.utils.broadcast_object_list", told_by_another):
+        finetune(tiny_model(), clips(), tmp_path, replace(FULL, minutes=1e6))
+    assert steps_done(tmp_path) == 1
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that stopped after its first step."""
+    folder = tmp_path_factory.mktemp("begun")
+    finetune(tiny_model(), clips(), folder, replace(FULL, minutes=0.0))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "seed", "words"),
+    [
+        ({"accumulation": 3}, clips(), 0, "accumulation 1, not 3"),
+        ({"learning_rate": 0.2}, clips(), 0, "learning_rate 0.002, not 0.2"),
+        ({"dropout": 0.0}, clips(), 0, "dropout 0.1, not 0.0"),
+        ({"log_sigma": (0.0, 1.0)}, clips(), 0, "log_sigma .*, not .0.0, 1.0."),
+        ({}, [replace(clip, fps=2.0) for clip in clips()], 0, "fps 7.0, not 2.0"),
+        ({}, [replace(clip, frames=clip.frames[:2]) for clip in clips()], 0, r"size .3, .*, not .2, "),
+        ({}, [replace(clip, prompt="other") for clip in clips()], 0, "data "),
+        ({}, [replace(clip, frames=255 - clip.frames) for clip in clips()], 0, "data "),
+        ({}, clips(), 1, "base "),
+    ],
+)
+def test_another_training_does_not_go_on(
+    begun: Path, settings: dict[str, Any], data: list[Clip], seed: int, words: str
+) -> None:
+    with pytest.raises(InputError, match=f"another training: .*{words}"):
+        finetune(tiny_model(seed=seed), data, begun, replace(FULL, **settings), resume=True)
+    assert steps_done(begun) == 1
+
+
+def test_the_scale_of_half_precision_is_kept(tmp_path: Path) -> None:
+    runs = [finetuning._Run.start(tiny_model(), clips(), tmp_path, FULL, 0) for _ in range(2)]
+    for run, scale in zip(runs, (1024.0, 2.0), strict=True):
+        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    runs[0].save(1, 0.5, 1.0)
+    assert runs[1].load() == 1
+    assert runs[1].accelerator.scaler.get_scale() == 1024.0
 
 
 def test_a_lora_is_read_with_the_text_model_that_it_was_trained_with(

@@ -221,7 +221,8 @@ def finetune_video(
         output: folder to write to.
         base: folder or name of the model to start from.
         text_encoder: CLIP text model; default: the base's own, else OpenCLIP ViT-H/14.
-        resume: go on from the checkpoint in OUTPUT.
+        resume: go on from the checkpoint in OUTPUT, with the same clips, base and settings; only --steps, --minutes and
+            --save-memory may differ.
     """
     device = device_of(common)
     size = (clips.frames, clips.height, clips.width)

@@ -5,9 +5,10 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,8 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """Layers of the video model that a LoRA changes."""
 CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.csv"
+FREE = ("steps", "save_memory", "save_every", "minutes")
+"""Settings that may change when a training goes on."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class FinetuneSettings:
         precision: "no", "bf16" or "fp16", as accelerate has it.
         save_memory: compute activations twice instead of keeping them (gradient checkpointing).
         save_every: steps from one checkpoint to the next.
-        minutes: stop after this wall clock, checkpoint and model written; `resume` goes on. None does not.
+        minutes: stop after this wall clock (the main process's), checkpoint and model written; `resume` goes on. None
+            does not.
     """
 
     steps: int = 10_000
@@ -104,7 +108,8 @@ def finetune(
     the way, and in the end (after `minutes` as well) the model as it then is: all of it, or the LoRA alone with the
     names of its base and of the text model; either way with size and rate of the clips, at which it then draws. Every
     step draws from a generator of its own, so a resumed run goes the way of a run that was never stopped; `steps_done`
-    tells how far it is.
+    tells how far it is. Only the same training goes on: same clips, base, number of processes and settings but for
+    `FREE`.
 
     Args:
         model: what to start from; its video model is changed.
@@ -148,6 +153,7 @@ class _Run:
     settings: FinetuneSettings
     seed: int
     mean: list[Tensor]
+    origin: dict[str, Any]
 
     @classmethod
     def start(
@@ -157,6 +163,7 @@ class _Run:
         on_cpu = next(model.unet.parameters()).device.type == "cpu"
         accelerator = library("accelerate").Accelerator(cpu=on_cpu, mixed_precision=settings.precision)
         torch.manual_seed(seed)
+        origin = _origin(model, clips)
         if settings.save_memory:
             model.unet.enable_gradient_checkpointing()
         unet = model.unet if settings.lora_rank is None else _with_lora(model.unet, settings.lora_rank)
@@ -168,7 +175,7 @@ class _Run:
         unet, optimizer = accelerator.prepare(unet, optimizer)
         trained = [p for p in accelerator.unwrap_model(unet).parameters() if p.requires_grad]
         mean = [p.detach().clone() for p in trained]
-        return cls(model, accelerator, unet, optimizer, data, folder, settings, seed, mean)
+        return cls(model, accelerator, unet, optimizer, data, folder, settings, seed, mean, origin)
 
     @property
     def trained(self) -> dict[str, Tensor]:
@@ -180,16 +187,19 @@ class _Run:
         """All steps that are left, or as many as the minutes allow."""
         settings, began, losses = self.settings, time.perf_counter(), []
         main = self.accelerator.is_main_process
+        late = [False]
         with Progress(disable=not (progress and main), transient=True) as bar:
             task = bar.add_task("fine-tuning", total=settings.steps, completed=done)
             for step in range(done, settings.steps):
                 losses.append(self.step(step))
                 bar.advance(task)
-                late = settings.minutes is not None and time.perf_counter() - began > 60.0 * settings.minutes
-                if (step + 1) % settings.save_every == 0 or late or step + 1 == settings.steps:
+                if settings.minutes is not None:  # by one clock: a process that stops alone leaves the others waiting
+                    late = [time.perf_counter() - began > 60.0 * settings.minutes]
+                    library("accelerate.utils").broadcast_object_list(late)
+                if (step + 1) % settings.save_every == 0 or late[0] or step + 1 == settings.steps:
                     self.save(step + 1, sum(losses) / len(losses), time.perf_counter() - began)
                     losses.clear()
-                if late:
+                if late[0]:
                     break
 
     def step(self, step: int) -> float:
@@ -231,7 +241,8 @@ class _Run:
             state = moments.get(p, {})
             parts = {"now": p.detach(), "mean": mean, **{k: v for k, v in state.items() if torch.is_tensor(v)}}
             tensors |= {f"{part}:{name}": value.contiguous().cpu().clone() for part, value in parts.items()}
-        header = {"state": json.dumps({"step": step, **self.identity})}
+        scaler = {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+        header = {"state": json.dumps({"step": step, "scaler": scaler, **self.identity})}
         with written_whole(self.folder / CHECKPOINT) as temporary:
             library("safetensors.torch").save_file(tensors, str(temporary), metadata=header)
         new = not (self.folder / LOG).is_file()
@@ -243,9 +254,13 @@ class _Run:
         """Take up the checkpoint; the step that it was written after."""
         path = self.folder / CHECKPOINT
         state, tensors = _read(path)
-        step = state.pop("step")
-        if state != self.identity:
-            raise InputError(f"{path} is of another training: {state}, not {self.identity}")
+        step, scaler, own = state.pop("step"), state.pop("scaler", {}), json.loads(json.dumps(self.identity))
+        keys = [key for key in own | state if state.get(key) != own.get(key)]
+        if keys:
+            unlike = "; ".join(f"{key} {state.get(key)}, not {own.get(key)}" for key in keys)
+            raise InputError(f"{path} is of another training: {unlike}")
+        if scaler and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
         with torch.no_grad():
             for (name, p), mean in zip(self.trained.items(), self.mean, strict=True):
                 p.copy_(tensors[f"now:{name}"])
@@ -260,8 +275,9 @@ class _Run:
     def identity(self) -> dict[str, Any]:
         """What two runs must have in common, for one to go on with the other's checkpoint."""
         count = sum(p.numel() for p in self.trained.values())
-        clips = len(self.data.prompts)
-        return {"trained": count, "clips": clips, "batch": self.settings.batch, "seed": self.seed}
+        settings = {key: value for key, value in asdict(self.settings).items() if key not in FREE}
+        processes = self.accelerator.num_processes
+        return {"trained": count, "seed": self.seed, "processes": processes, **settings, **self.origin}
 
     def plain_unet(self) -> Any:
         """The trained video model, with the mean of the weights, without adapters."""
@@ -314,6 +330,26 @@ def _read(path: Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, T
             return state, {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise ModelFileError(f"{path}: a broken checkpoint ({error}); train without resume") from error
+
+
+def _origin(model: TextSteeredVideo, clips: Sequence[Clip]) -> dict[str, Any]:
+    """What a training starts from: size, rate and checksums of the clips, checksums of a sample of the weights."""
+    checksum = 0
+    for clip in clips:
+        checksum = crc32(clip.frames.cpu().numpy().tobytes(), crc32(clip.prompt.encode(), checksum))
+    parts = {"base": model.unet, "vae": model.vae, "text_model": model.text_encoder}
+    size = list(clips[0].frames.shape[:3])
+    weights = {part: _weights_checksum(module) for part, module in parts.items()}
+    return {"clips": len(clips), "size": size, "fps": round(clips[0].fps, 6), "data": checksum, **weights}
+
+
+def _weights_checksum(module: torch.nn.Module) -> int:
+    """Of the sizes of all weights, and of a few values of each."""
+    checksum = 0
+    for name, p in module.named_parameters():
+        few = p.detach().flatten()[:: max(1, p.numel() // 8)].float().cpu()
+        checksum = crc32(few.numpy().tobytes(), crc32(f"{name} {tuple(p.shape)}".encode(), checksum))
+    return checksum
 
 
 def _with_lora(unet: Any, rank: int) -> Any:

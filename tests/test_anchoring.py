@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,9 +11,10 @@ from torch import Tensor
 
 import kinesplat as ks
 from kinesplat.errors import InputError
-from kinesplat.inverse.anchoring import Bound, anchored, misfit
-from kinesplat.inverse.key_frames import of_frame
+from kinesplat.inverse.anchoring import Bound, anchored, misfit, through
+from kinesplat.inverse.key_frames import KeyFrames, of_frame, unwrapped
 from kinesplat.inverse.outline import outline, outlined
+from kinesplat.inverse.result import FitResult, Hypothesis
 from kinesplat.inverse.retarget_result import Alignment
 from kinesplat.inverse.retargeting import Answer, Retargeting
 from kinesplat.inverse.surface_tracks import SurfaceTracks
@@ -46,6 +46,13 @@ def camera(arm: ks.SelfModel, motion: Tensor) -> ks.Camera:
 @pytest.fixture(scope="module")
 def every(arm: ks.SelfModel, camera: ks.Camera) -> SurfaceTracks:
     return SurfaceTracks.on(arm, camera, 2_000)
+
+
+def fit_of(camera: ks.Camera, *answers: Tensor, verdict: str = "converged") -> FitResult:
+    """What `reconstruct` would say: the answers, all as good."""
+    hypotheses = tuple(Hypothesis(q, camera, 1e-3) for q in answers)
+    spread, names = 1e-4 * torch.eye(len(answers[0])), tuple(str(i) for i in range(len(answers[0])))
+    return FitResult(answers[0], camera, (1e-3,), (0,), answers[0][None], spread, names, hypotheses, verdict, 0.0)
 
 
 def off(arm: ks.SelfModel, q: Tensor, truth: Tensor) -> float:
@@ -120,10 +127,10 @@ def test_pixels_say_where_a_video_of_this_robot_begins(arm: ks.SelfModel, camera
     assert frames is not None
     asked: list[Tensor] = []
 
-    def answers(model: ks.SelfModel, seen: object, camera: ks.Camera, seed: int) -> SimpleNamespace:
+    def answers(model: ks.SelfModel, seen: object, camera: ks.Camera, seed: int) -> FitResult:
         assert camera.batch_shape == (1,)
         asked.append(camera.K)
-        return SimpleNamespace(verdict="converged", q=motion[-1 if len(asked) == 1 else 0])
+        return fit_of(camera, motion[-1 if len(asked) == 1 else 0])
 
     with patch("kinesplat.inverse.key_frames.reconstruct", answers):
         fit = ks.retarget(arm, frames, camera)
@@ -134,7 +141,7 @@ def test_pixels_say_where_a_video_of_this_robot_begins(arm: ks.SelfModel, camera
     assert fit.shown.points.shape[1] == fit.tracks
     assert fit.alignment == Alignment()
     assert off(arm, fit.q, motion) < 0.02
-    failed = SimpleNamespace(verdict="failed", q=motion[0])
+    failed = fit_of(camera, motion[0], verdict="failed")
     with patch("kinesplat.inverse.key_frames.reconstruct", lambda *_, **__: failed):
         with pytest.raises(InputError, match="verdict failed"):
             ks.retarget(arm, frames, camera, q_init="pixels")
@@ -142,6 +149,73 @@ def test_pixels_say_where_a_video_of_this_robot_begins(arm: ks.SelfModel, camera
         assert ks.retarget(arm, frames, camera, objective="frames").start == "search"
     with pytest.raises(InputError, match="tracks have none"):
         ks.retarget(arm, fit.shown, camera, q_init="pixels")
+
+
+def test_tracks_tell_which_of_several_answers_is_meant(
+    arm: ks.SelfModel, camera: ks.Camera, every: SurfaceTracks, motion: Tensor
+) -> None:
+    """A wrong answer in one frame, beside the right one: tracks from a sure frame tell, or all if none is."""
+    wrong = motion.clone()
+    wrong[:, 1:4] += torch.tensor([0.5, -0.6, 0.8])
+    shown = every.select(torch.arange(0, len(every.links), 7)).tracks(motion).seen()
+    two = torch.stack([wrong[6], motion[6]])
+    std = torch.full((2, arm.tree.dof), 0.01)
+    with torch.no_grad():
+        work = Retargeting.create(arm, shown, camera, None, False, 0.5, 0.0)
+        known = KeyFrames(
+            torch.tensor([1, 6]),
+            torch.stack([motion[1], wrong[6]]),
+            std,
+            torch.tensor([True, False]),
+            (motion[1:2], two),
+        )
+        one = through(work, known)
+        both = (torch.stack([wrong[1], motion[1]]), two)
+        neither = replace(known, q=wrong[[1, 6]], sure=torch.tensor([False, False]), choices=both)
+        none = through(work, neither)
+    for answer in (one, none):
+        assert off(arm, answer.at.q, motion) < 0.005
+    assert not one.rivals
+    assert len(none.rivals) == 1
+    assert none.rivals[0].loss > 2.0 * none.loss
+    assert off(arm, none.rivals[0].q, motion) > 0.05
+
+
+def test_what_is_ambiguous_in_all_frames_is_said_to_be(arm: ks.SelfModel, camera: ks.Camera, motion: Tensor) -> None:
+    frames = arm.render(motion, camera).rgb
+    assert frames is not None
+    asked: list[Tensor] = []
+
+    def answers(model: ks.SelfModel, seen: object, camera: ks.Camera, seed: int) -> FitResult:
+        asked.append(camera.K)
+        q = motion[-1 if len(asked) == 1 else 0]
+        return fit_of(camera, q, q + 0.5, verdict="ambiguous")
+
+    with patch("kinesplat.inverse.key_frames.reconstruct", answers):
+        fit = ks.retarget(arm, frames, camera)
+    assert fit.ambiguous
+    assert "ambiguous" in fit.report()
+    assert fit.to_json()["ambiguous"]
+    assert len(fit.hypotheses) == 2
+    assert off(arm, fit.q, motion) < 0.05 < off(arm, fit.hypotheses[1].q, motion)
+
+
+def test_key_frames_on_either_side_of_a_full_turn(arm: ks.SelfModel, motion: Tensor) -> None:
+    """Answers lie within one turn; a hinge without limits, or with wider ones, goes on to the next."""
+    tree = arm.tree
+    free = tree.q_limited.clone()
+    free[0] = False
+    lower, upper = tree.q_lower.clone(), tree.q_upper.clone()
+    lower[1], upper[1] = -2.0 * math.pi, 2.0 * math.pi
+    lower[2], upper[2] = -3.0, 3.0
+    open_tree = replace(tree, q_limited=free, q_lower=lower, q_upper=upper)
+    q = motion[[0, 0, 0]].clone()
+    q[:, :3] = torch.tensor([2.9, -2.78, -2.0])[:, None]
+    out = unwrapped(open_tree, q)
+    ahead = torch.tensor([2.9, 2.0 * math.pi - 2.78, 2.0 * math.pi - 2.0])
+    assert torch.allclose(out[:, 0], ahead)
+    assert torch.allclose(out[:, 1], ahead)
+    assert torch.equal(out[:, 2:], q[:, 2:])
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kinesplat.inverse.key_frames import KeyFrames, nearest_turn, unwrapped
+from kinesplat.inverse.retarget_result import Motion
 from kinesplat.inverse.retargeting import BEGIN, REST, Answer, Retargeting, between
 from kinesplat.inverse.robust import geman_mcclure
 from kinesplat.inverse.search import joint_scale
@@ -20,6 +22,7 @@ DRIFT_FRAMES = 10.0
 ROBUST, MISS = 3.0, 4.0  # [px of a picture of 256 px]
 ITERATIONS, LAST_ITERATIONS = 6, 12
 ROUNDS = 4
+AGREEING = 0.2
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,53 @@ class Bound:
         return (torch.arange(len(tracks.points))[:, None] - self.frame).abs().float()
 
 
-def anchored(work: Retargeting, frames: Int[Tensor, " a"], q: Float[Tensor, "a dof"]) -> Answer:
+def through(work: Retargeting, known: KeyFrames) -> Answer:
+    """The motion through key frames; tracks from the sure ones say which answer of the others is meant.
+
+    Where none is sure, every answer of the middle one is followed through the video. The motion that explains the
+    tracks best is kept, the others are its rivals.
+    """
+    index = torch.nonzero(known.sure)[:, 0]
+    if len(index):
+        starts = [(index, unwrapped(work.tree, known.q[index]))]
+    else:
+        middle = len(known.frames) // 2
+        starts = [(torch.tensor([middle]), q[None]) for q in known.choices[middle]]
+    answers = []
+    for index, q in starts:
+        answer = anchored(work, known.frames[index], q, known.std[index])
+        more, chosen = agreeing(work, known, answer.at.q, index)
+        if len(more):
+            order = torch.cat([index, more]).argsort()
+            index, q = torch.cat([index, more])[order], torch.cat([q, chosen])[order]
+            answer = anchored(work, known.frames[index], q, known.std[index])
+        answers.append(replace(answer, loss=misfit(work, answer) * work.unit**2))
+    answers.sort(key=lambda answer: answer.loss)
+    rivals = tuple(Motion(answer.at.q, answer.loss) for answer in answers[1:])
+    return replace(answers[0], rivals=rivals)
+
+
+def agreeing(
+    work: Retargeting, known: KeyFrames, q: Float[Tensor, "frames dof"], taken: Int[Tensor, " a"]
+) -> tuple[Int[Tensor, " b"], Float[Tensor, "b dof"]]:
+    """The key frames that are left, and of each the answer nearest to a motion; those far from it are left out."""
+    index, chosen = list[int](), [q[:0]]
+    for i in sorted(set(range(len(known.frames))) - set(taken.tolist())):
+        there = q[known.frames[i]]
+        answers = nearest_turn(work.tree, known.choices[i], there)
+        away = ((answers - there) / joint_scale(work.tree)).abs().mean(dim=1)
+        if away.min() < AGREEING:
+            index.append(i)
+            chosen.append(answers[away.argmin()][None])
+    return torch.tensor(index, dtype=torch.long), torch.cat(chosen)
+
+
+def anchored(
+    work: Retargeting,
+    frames: Int[Tensor, " a"],
+    q: Float[Tensor, "a dof"],
+    std: Float[Tensor, "a dof"] | None = None,
+) -> Answer:
     """The motion through joints that are known at some frames.
 
     What lies under a track in such a frame is its partner: no guess is needed. Frames farther and farther away are
@@ -76,11 +125,14 @@ def anchored(work: Retargeting, frames: Int[Tensor, " a"], q: Float[Tensor, "a d
         work: model and demonstration; it is not aligned.
         frames: ascending.
         q: the joints there [rad]/[m].
+        std: how sure they are; at best, and by default, a tenth of a joint's unit.
     """
     motion, every = between(q, frames, len(work.every)), work.every
     scale = joint_scale(work.tree)
     weight = torch.full((len(every), 1), REST * work.unit**2) / scale.square()
-    weight[frames] = BEGIN * work.unit**2 / scale.square()
+    spread = (BEGIN**-0.5 * scale).expand(len(frames), -1)
+    spread = spread if std is None else torch.maximum(spread, std).minimum(REST**-0.5 * scale)
+    weight[frames] = work.unit**2 / spread.square()
     ties = Smoothness((work.smoothness * work.unit**2) ** 0.5 / scale, weight.sqrt(), motion)
     answer = Answer(Trajectory(motion, work.nothing_shared()), 0.0, [], ties=ties)
     bound = Bound.joined(

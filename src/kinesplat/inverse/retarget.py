@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kinesplat.camera import Camera
 from kinesplat.errors import InputError, unknown
-from kinesplat.inverse.anchoring import anchored, carried_on, misfit
+from kinesplat.inverse.anchoring import anchored, carried_on, misfit, through
 from kinesplat.inverse.clip import Clip
 from kinesplat.inverse.key_frames import KeyFrames, key_frames
 from kinesplat.inverse.observation import ImageLike
@@ -105,6 +105,7 @@ def retarget(
         ties = work.ties(len(work.every), held=False)
         q, losses = follow_rendered(work.everything(work.every), work.shown, tracker, answer.at.q, ties)
         answer = replace(answer, at=Trajectory(q, answer.at.shared), loss=min(losses), history=[losses])
+    answer = replace(answer, ambiguous=known is not None and not bool(known.sure.any()))
     start = "pixels" if known is not None else "search" if q_init is None else "given"
     with torch.no_grad():
         return work.result(answer, start, objective != "rendered", time.perf_counter() - began)
@@ -136,7 +137,7 @@ def found(work: Retargeting, objective: Objective, starts: int, seed: int, known
     if objective != "tracks":
         return work.chamfer() if objective == "frames" else work.unmoved()
     if known is not None and not work.align:
-        return anchored(work, known.frames, known.q)
+        return through(work, known)
     answers = followed(work, starts, seed)
     if work.align:
         return work.polished(min(answers, key=lambda answer: answer.loss))

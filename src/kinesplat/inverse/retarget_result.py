@@ -78,10 +78,12 @@ class RetargetResult:
         near_share: share of the demonstrated points that lie within 2 % of the image side of their partners.
         hypotheses: motions that differ by more than 0.05 rad or m on average, best first; the first is the answer.
             The others are as the search on key frames left them; so is their loss, which compares them with each other
-            and not with the answer.
+            and not with the answer. Where pixels leave several beginnings possible, all were followed through the
+            video, and losses compare.
         alignment: how the demonstration was moved in the picture first.
         shown: the demonstrated tracks, in the pixels of the camera, before they were moved.
         start: what told where the motion begins: ``given`` (`q_init`), ``pixels`` of some frames, or a ``search``.
+        ambiguous: the start is ``pixels``, and in no key frame did `reconstruct` converge: its verdict was "ambiguous".
         seconds: wall time.
     """
 
@@ -97,6 +99,7 @@ class RetargetResult:
     alignment: Alignment
     shown: PointTracks
     start: Start
+    ambiguous: bool
     seconds: float
 
     @property
@@ -130,6 +133,8 @@ class RetargetResult:
             f"within {self.residual_px:.2f} px, {100 * self.near_share:.0f} % within {100 * NEAR_SHARE:.0f} % "
             f"of the image side; {STARTED[self.start]}"
         ]
+        if self.ambiguous:
+            lines.append("  ambiguous: in no key frame do the pixels tell the joints beyond doubt")
         if a != Alignment():
             x, y = a.shift_px
             lines.append(
@@ -168,6 +173,7 @@ class RetargetResult:
             "level_starts": list(self.level_starts),
             "tracks": self.tracks,
             "start": self.start,
+            "ambiguous": self.ambiguous,
             "seconds": self.seconds,
         }
 

@@ -50,6 +50,7 @@ class Answer:
         partners: points of ours, polished.
         followed: the tracks that they are the partners of.
         ties: what tied its frames together; None for what `Retargeting.ties` says.
+        ambiguous: whether the pixels of the key frames leave other beginnings possible.
     """
 
     at: Trajectory
@@ -59,6 +60,7 @@ class Answer:
     partners: SurfaceTracks | None = None
     followed: PointTracks | None = None
     ties: Smoothness | None = None
+    ambiguous: bool = False
 
 
 @dataclass(frozen=True)
@@ -299,6 +301,7 @@ class Retargeting:
             alignment=self.first.then(last),
             shown=self.given,
             start=start,
+            ambiguous=answer.ambiguous,
             seconds=seconds,
         )
 

@@ -130,6 +130,23 @@ def test_an_answer_with_the_camera_inside_the_robot_is_a_loss(
         assert tracker.next_frame(1, [last]).state == "lost"
 
 
+def test_a_robot_that_comes_back_after_long_is_looked_for_at_once(
+    arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]
+) -> None:
+    q, camera, frames, masks, _ = clip
+    shapes = masks.clone()
+    shapes[1:4] = 0.0
+    tracker = start_tracker(arm, frames, camera, TrackOptions(masks=shapes))
+    last = TrackedFrame(q[0].float(), camera.T_cam_world, torch.zeros_like(q[0]), 1e-9, "lost")
+    before = [replace(last, state="tracked"), last, last, last]
+    tried = patch("kinesplat.inverse.tracker.reconstruct", side_effect=UnseenError("nothing"))
+    with patch("kinesplat.inverse.tracker.RETRY_FRAMES", 2), tried as reconstruct:
+        assert not list(tracker.search(4, last, before))
+        assert reconstruct.call_count == 1
+        assert not list(tracker.search(5, last, before))
+        assert reconstruct.call_count == 1
+
+
 def test_with_masks_and_a_moving_camera(arm: ks.SelfModel, clip: tuple[torch.Tensor, ...]) -> None:
     q, camera, frames, masks, _ = clip
     first = ks.Camera(camera.K, camera.T_cam_world.clone(), camera.width, camera.height)

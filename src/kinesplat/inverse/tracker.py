@@ -157,7 +157,8 @@ class Tracker:
         """Answers for a frame that could not be followed: near the last one, then, now and then, from everywhere."""
         lost = next((n for n, frame in enumerate(reversed(before)) if frame.state != "lost"), len(before))
         near = [(last.q, SEARCH_STARTS[0])] if lost < RETRY_FRAMES else []
-        everywhere = [(None, SEARCH_STARTS[1])] if lost % RETRY_FRAMES == 0 else []
+        again = lost % RETRY_FRAMES == 0 or (not near and self.clip.empty(index - 1))  # or it is back in the picture
+        everywhere = [(None, SEARCH_STARTS[1])] if again else []
         for q, starts in [*near, *everywhere]:
             try:
                 fit = self.reconstructed(index, q, starts)

@@ -116,10 +116,29 @@ def test_points_lie_on_the_robot_and_beside_it(kinearm: SelfModel, segmenter: Se
     assert (out.alpha[y[~on], x[~on]] < 0.01).all()
     assert int(on.sum()) == int((~on).sum()) == POINTS
     assert len(out.link_id[y[on], x[on]].unique()) >= 4
-    assert robot_mask(segmenter, kinearm, torch.rand(80, 96, 3), q, camera).shape == (80, 96)
     behind = Camera.look_at((5.0, 0.0, 0.2), (6.0, 0.0, 0.2), width=96, height=80)
     with pytest.raises(InputError, match="does not see the robot"):
         prompt_points(kinearm, q, behind)
+
+
+def test_a_mask_that_is_not_the_robot_s_is_refused(
+    kinearm: SelfModel, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = kinearm.tree.q_canonical.float()
+    camera = Camera.look_at((0.9, 0.7, 0.6), (0.1, 0.0, 0.25), width=96, height=80)
+    alpha = kinearm.render(q, camera, outputs=("alpha",)).alpha
+    assert alpha is not None
+    arm, holed, cable = alpha.detach() > 0.5, alpha.detach() > 0.5, torch.zeros(80, 96, dtype=torch.bool)
+    cable[:4, :48] = True
+    holed[arm.nonzero()[:, 0].float().quantile(0.5).int() :, 48] = False
+    finger = arm & (torch.arange(80)[:, None] < arm.nonzero()[:, 0].float().quantile(0.1))
+    masks = iter([holed | cable, finger, torch.ones(80, 96, dtype=torch.bool), ~arm])
+    monkeypatch.setattr(Segmenter, "mask", lambda *_: next(masks).float())
+    picture = torch.rand(80, 96, 3)
+    assert torch.equal(robot_mask(segmenter, kinearm, picture, q, camera) > 0.5, arm | cable)
+    for words in (r"covers \d% of the", "100% of .* times its area", "covers 0% of"):
+        with pytest.raises(InputError, match=f"not the robot's: .*{words}"):
+            robot_mask(segmenter, kinearm, picture, q, camera)
 
 
 def test_the_command_takes_what_the_segmenter_masks_out_of_the_backdrop(

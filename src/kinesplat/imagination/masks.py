@@ -12,6 +12,10 @@ from kinesplat.self_model import SelfModel
 from kinesplat.vision.segment import Segmenter
 
 POINTS = 12
+LEAST_SHARE = 0.7
+"""Of the robot's silhouette, that a mask must cover to be the robot's."""
+MOST_AREA = 3.0
+"""Of a mask, as a multiple of the silhouette's: cables and tools are that much at most, a table is more."""
 BESIDE_SHARE = 0.06
 """How far from the robot points count as beside it, as a share of the picture's longer side."""
 
@@ -25,6 +29,8 @@ def robot_mask(
 ) -> Float[Tensor, "height width"]:
     """1 on the robot, with what hangs on it and the self-model does not know: cables, tools, stickers.
 
+    That is the mask and the self-model's silhouette together, once the mask is seen to be about the robot.
+
     Args:
         segmenter: SAM 2.
         model: self-model of the robot.
@@ -33,13 +39,21 @@ def robot_mask(
         camera: of the picture.
 
     Raises:
-        InputError: the camera does not see the robot.
+        InputError: the camera does not see the robot, or the mask leaves out much of the silhouette, or is much larger.
     """
-    points, on = prompt_points(model, q, camera)
-    return segmenter.mask(image, points, on)
+    inside = _silhouette(model, q, camera)
+    mask = segmenter.mask(image, *_points(inside)).cpu()
+    share = float(mask[inside].mean())
+    area = float(mask.sum() / inside.sum())
+    if share < LEAST_SHARE or area > MOST_AREA:
+        raise InputError(
+            f"the segmenter's mask is not the robot's: it covers {share:.0%} of the self-model's silhouette (expected "
+            f"{LEAST_SHARE:.0%} or more) and {area:.1f} times its area (expected {MOST_AREA:g} at most); are q and the "
+            "camera right? Another segmenter, or a picture of the scene without the robot, also helps"
+        )
+    return torch.maximum(mask, inside.to(mask.dtype))
 
 
-@torch.no_grad()
 def prompt_points(
     model: SelfModel, q: Float[Tensor, " dof"], camera: Camera
 ) -> tuple[Float[Tensor, "n 2"], Bool[Tensor, " n"]]:
@@ -48,14 +62,22 @@ def prompt_points(
     Raises:
         InputError: the camera does not see the robot.
     """
+    return _points(_silhouette(model, q, camera))
+
+
+@torch.no_grad()
+def _silhouette(model: SelfModel, q: Tensor, camera: Camera) -> Bool[Tensor, "height width"]:
     device = model.parameters.means.device
     alpha = model.render(q.float().to(device), camera.to(device), outputs=("alpha",)).alpha
     assert alpha is not None
-    alpha = alpha.cpu()
-    inside = (alpha > 0.5).numpy()
+    inside = alpha.cpu() > 0.5
     if not inside.any():
         raise InputError("the camera does not see the robot, so no point on it can be given")
-    away = BESIDE_SHARE * max(camera.width, camera.height)
+    return inside
+
+
+def _points(silhouette: Bool[Tensor, "height width"]) -> tuple[Float[Tensor, "n 2"], Bool[Tensor, " n"]]:
+    inside, away = silhouette.numpy(), BESIDE_SHARE * max(silhouette.shape)
     depth, distance = (np.asarray(ndimage.distance_transform_edt(part)) for part in (inside, ~inside))
     core = torch.from_numpy((depth >= 0.5 * depth.max()) | (depth == ndimage.maximum_filter(depth, 5)) & inside)
     beside = torch.from_numpy((distance >= away) & (distance <= 2.0 * away))

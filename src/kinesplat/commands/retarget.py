@@ -30,7 +30,7 @@ from kinesplat.inverse.retarget import retarget as follow
 from kinesplat.inverse.retarget_result import RetargetResult
 from kinesplat.report import overlay
 from kinesplat.self_model import SelfModel
-from kinesplat.video import DEFAULT_RATE, frame_rate, read_frames, write_video
+from kinesplat.video import DEFAULT_RATE, check_video, frame_rate, read_frames, write_video
 from kinesplat.vision.point_tracks import PointTracks
 from kinesplat.vision.track_networks import load_tracker
 
@@ -96,7 +96,7 @@ def retarget(
             frames, or fail. Without --align, --starts and --q-init that is tried anyway.
     """
     cpu_of(common)
-    check_output(output)
+    check_paths(output, film, save_tracks, common.json)
     loaded = load_model(model)
     tracker = load_tracker(following.tracker, following.weights)
     tracks = PointTracks.load(video) if video.suffix == ".npz" else None
@@ -120,18 +120,35 @@ def retarget(
             self_collision=following.self_collision,
             seed=common.seed,
         )
-    if save_tracks is not None:
-        result.shown.save(save_tracks)
     rate = DEFAULT_RATE if video.suffix == ".npz" else frame_rate(video)
     write_columns(output, columns_of(result, rate))
+    write_json(common.json, result.to_json())
+    if save_tracks is not None:
+        result.shown.save(save_tracks)
     if film is not None:
         write_video(film, film_of(loaded, read_frames(video), result.shown, result), rate)
     out.print(result.report())
     written = [str(path) for path in (output, film, save_tracks) if path is not None]
     out.print(f"wrote {' and '.join(written)}")
-    write_json(common.json, result.to_json())
     if result.verdict == "failed":
         sys.exit(EXIT_FAILED)
+
+
+def check_paths(output: Path, film: Path | None, tracks: Path | None, json: Path | None) -> None:
+    """Refuse, before any work, what could not be written in the end.
+
+    Raises:
+        InputError: another ending than the file's kind has, or a folder is missing.
+        BackendError: a package that writes it is missing.
+    """
+    check_output(output)
+    if film is not None:
+        check_video(film)
+    if tracks is not None and tracks.suffix != ".npz":
+        raise InputError(f"{tracks}: tracks are written as .npz")
+    for path in (tracks, json):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{path.parent}: no such folder")
 
 
 def camera_of(model: SelfModel, path: Path | None, video: Path) -> Camera:

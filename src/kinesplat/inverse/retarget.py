@@ -72,9 +72,11 @@ def retarget(
         objective: see above.
         tracker: follows points through the video, and with ``rendered`` through ours too; `kinesplat.vision`.
         align: also scale, turn and move the demonstration in the picture: for another robot or a hand. Without
-            `q_init` the robot begins in its canonical configuration then.
-        starts: how many to try in the search; default 8, or 1 with `align`. If given, pixels are not asked.
-        self_collision: weight of links that pass through each other, see `Priors`; 1 is firm.
+            `q_init` the robot begins in its canonical configuration then. Size, angle and place are sought together
+            with the joints by ``tracks`` and ``frames``; ``rendered`` only brings box onto box at the start.
+        starts: how many to try in the search; default 8, or 1 with `align`. If given, pixels are not asked. With
+            ``tracks`` only.
+        self_collision: weight of links that pass through each other, see `Priors`; 1 is firm. Not with ``rendered``.
         smoothness: cost of accelerations [px^2 for a joint's unit step per frame^2].
         seed: of the random starts.
 
@@ -91,7 +93,16 @@ def retarget(
         raise InputError(f"smoothness is {smoothness}, self_collision {self_collision}; expected 0 or more")
     if starts is not None and starts < 1:
         raise InputError(f"starts is {starts}; expected 1 or more")
+    check_start(model, camera, None if isinstance(q_init, str) else q_init)
+    if objective == "rendered" and self_collision:
+        raise InputError("self_collision is no part of the rendered objective; use 'tracks' or 'frames', or leave it 0")
+    if objective != "tracks" and starts is not None:
+        raise InputError(
+            f"starts is {starts}, but only the objective 'tracks' searches; {objective!r} begins at q_init"
+        )
     seen = clip_of(demonstration, camera, masks)
+    frames = len(seen.rgb if isinstance(seen, Clip) else seen.points)
+    check_frames(frames, camera, None if isinstance(q_init, str) else q_init)
     shown, camera = demonstrated(seen, camera, None, tracker)
     with torch.no_grad():
         known, first = None, None if isinstance(q_init, str) else q_init
@@ -109,6 +120,37 @@ def retarget(
     start = "pixels" if known is not None else "search" if q_init is None else "given"
     with torch.no_grad():
         return work.result(answer, start, objective != "rendered", time.perf_counter() - began)
+
+
+def check_start(model: SelfModel, camera: Camera, q_init: Float[Tensor, "*frames dof"] | None) -> None:
+    """What can be said of the arguments before a video is read and tracked.
+
+    Raises:
+        InputError: the model has a skinning field; joints of the wrong number, or no numbers; a camera in a grid.
+    """
+    if not isinstance(camera, Camera):
+        raise InputError(f"camera is a {type(camera).__name__}; expected a kinesplat.Camera")
+    if model.skinning is not None:
+        raise InputError("retarget needs a model whose splats are bound to links; this one has a skinning field")
+    if len(camera.batch_shape) > 1:
+        raise InputError(f"camera has batch shape {camera.batch_shape}; expected () or (frames,)")
+    if q_init is None:
+        return
+    model.tree.coordinates(q_init)
+    if q_init.dim() > 2:
+        raise InputError(f"q_init has shape {tuple(q_init.shape)}; expected (dof,) or (frames, dof)")
+
+
+def check_frames(frames: int, camera: Camera, q_init: Float[Tensor, "*frames dof"] | None) -> None:
+    """Whether camera and first guess are of as many frames as the demonstration.
+
+    Raises:
+        InputError: they are not.
+    """
+    if camera.batch_shape not in ((), (frames,)):
+        raise InputError(f"camera has batch shape {camera.batch_shape}; expected () or ({frames},), one for each frame")
+    if q_init is not None and q_init.dim() > 1 and len(q_init) != frames:
+        raise InputError(f"q_init has shape {tuple(q_init.shape)}; expected (dof,) or ({frames}, dof)")
 
 
 def pixels_of(
@@ -157,8 +199,6 @@ def clip_of(
     Raises:
         InputError: see `retarget`.
     """
-    if not isinstance(camera, Camera):
-        raise InputError(f"camera is a {type(camera).__name__}; expected a kinesplat.Camera")
     if isinstance(demonstration, str | Path):
         raise InputError(
             f"the demonstration is {str(demonstration)!r}; read it first: kinesplat.video.read_frames for a video, "
@@ -196,7 +236,5 @@ def demonstrated(
     frames, n = shown.visible.shape
     if frames < 2 or n < 1:
         raise InputError(f"{n} tracks are seen twice or more in {frames} frames; expected some, in two frames or more")
-    if camera.batch_shape not in ((), (frames,)):
-        raise InputError(f"camera has batch shape {camera.batch_shape}; expected () or ({frames},), one for each frame")
     points = torch.where(shown.visible[..., None], shown.points, 0.0)
     return PointTracks(points, shown.visible), camera.to("cpu", torch.float32)

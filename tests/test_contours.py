@@ -11,18 +11,22 @@ import torch
 import kinesplat as ks
 from kinesplat.description import Robot
 from kinesplat.errors import InputError
+from kinesplat.inverse.attempts import Problem
 from kinesplat.inverse.calibration import CalibrationObjective, CameraGuesses, Rig
 from kinesplat.inverse.camera_search import angles_between
 from kinesplat.inverse.contour_calibration import contour_objective
 from kinesplat.inverse.contour_cameras import Templates, sphere, turned
-from kinesplat.inverse.contour_fit import rested, verdict_of
+from kinesplat.inverse.contour_fit import neighbours, rested, with_turns
 from kinesplat.inverse.contour_objective import OUTPUTS, by_link, image_rows, strays
-from kinesplat.inverse.contour_search import ContourLevel, fixed_links, objective_at, only_links, poses_on
+from kinesplat.inverse.contour_search import SHARPEN, ContourLevel, fixed_links, objective_at, only_links, poses_on
+from kinesplat.inverse.contour_verdict import rival_loss, verdict_of
 from kinesplat.inverse.contours import PATCH, Contours, spread_choice, straight_edge, unlit
 from kinesplat.inverse.edges import EdgePictures, sampled
 from kinesplat.inverse.levenberg_marquardt import levenberg_marquardt
 from kinesplat.inverse.objective import Configurations
 from kinesplat.inverse.observation import Observation
+from kinesplat.inverse.reconstruct import before_anything
+from kinesplat.inverse.result import FitResult, Hypothesis
 from kinesplat.twists import exp_twist
 
 LEVELS = ContourLevel(256, 3_000, 3.0, 12, 300), ContourLevel(256, 5_000, 1.5, 10, 400)
@@ -221,9 +225,21 @@ def test_a_camera_comes_home_from_a_guess(kinearm: ks.SelfModel, scene: Scene) -
 
 
 def test_verdicts() -> None:
-    assert verdict_of([0.97, 1.1]) == "failed"
-    assert verdict_of([0.7, 0.72]) == "ambiguous"
-    assert verdict_of([0.7, 0.99]) == verdict_of([0.7]) == "converged"
+    assert verdict_of([0.97, 1.1]) == verdict_of([1.03]) == "failed"
+    assert verdict_of([0.7, 0.72]) == verdict_of([0.80, 0.881]) == "ambiguous"
+    assert verdict_of([0.92]) == verdict_of([0.88, 1.2]) == "ambiguous"  # little evidence
+    assert verdict_of([0.7, 0.99]) == verdict_of([0.7]) == verdict_of([0.99, 0.7]) == "converged"
+
+
+@pytest.mark.parametrize("losses", [(0.6, 0.75), (0.2, 0.27), (0.1, 0.14), (0.3, 0.9), (0.77, 0.95)])
+def test_rivals_are_named_exactly_where_they_count(losses: tuple[float, float], kinearm: ks.SelfModel) -> None:
+    tree, camera = kinearm.tree, ks.Camera(torch.eye(3), torch.eye(4), 8, 8)
+    q, other = tree.q_canonical.float(), tree.q_canonical.float()
+    other[1] += 0.5
+    fit = FitResult(q, camera, (0.1,), (0,), q[None], torch.eye(tree.dof), tuple(tree.joint_names),
+                    (Hypothesis(q, camera, losses[0]), Hypothesis(other, camera, losses[1])), verdict_of(list(losses)),
+                    0.0, joint_types=tuple(tree.joint_types), rival_loss=rival_loss(losses[0]))  # fmt: skip
+    assert (fit.verdict == "ambiguous") == (fit.ambiguous_joints == (tree.joint_names[1],))
 
 
 def test_what_contours_cannot_do_is_refused(kinearm: ks.SelfModel, scene: Scene) -> None:
@@ -232,6 +248,11 @@ def test_what_contours_cannot_do_is_refused(kinearm: ks.SelfModel, scene: Scene)
         ks.reconstruct(kinearm, rgb, camera, optimize_camera=True)
     with pytest.raises(InputError, match="without priors"):
         ks.reconstruct(kinearm, rgb, camera, priors=ks.inverse.Priors.of(kinearm, 1e-4, 0.0))
+    with pytest.raises(InputError, match="no initializer and no colour_weight"):
+        ks.reconstruct(kinearm, rgb, camera, colour_weight=0.1)
+    problem = Problem(kinearm, Observation.create(rgb, None, camera, unknown=True), q, 0, False, True, None)
+    with pytest.raises(InputError, match="no initializer and no colour_weight"):
+        before_anything(problem, None, initializer=True)
     with pytest.raises(InputError, match="focal length needs masks"):
         ks.calibrate(kinearm, rgb[None], q[None], camera.K, free=["focal"])
     with pytest.raises(InputError, match="first guess"):
@@ -259,7 +280,8 @@ def test_pictures_that_show_no_backdrop_are_left_to_contours(
         ks.calibrate(kinearm, pictures, joints, camera.K, free=["focal"])
 
 
-ARM = """<mujoco><compiler angle="radian"/><worldbody><body name="base"><geom type="box" size=".06 .09 .04" rgba=".8 .3 .2 1"/>{}
+ARM = """<mujoco><compiler angle="radian"/><worldbody><body name="base">
+<geom type="box" size=".06 .09 .04" rgba=".8 .3 .2 1"/>{}
 </body></worldbody></mujoco>"""
 LINK = """
 <body name="link{0}" pos="{1} 0 .06">
@@ -267,9 +289,9 @@ LINK = """
 <geom type="box" pos=".12 .02 0" size=".14 .04 .02" rgba=".3 .{0} .9 1"/>{2}</body>"""
 
 
-def flat_arm(folder: Path, joints: int) -> Robot:
+def flat_arm(folder: Path, joints: int, last: str = "") -> Robot:
     """Bars on top of each other."""
-    links = ""
+    links = last
     for number in reversed(range(joints)):
         links = LINK.format(number, 0.24 * number, links)
     (folder / "arm.xml").write_text(ARM.format(links))
@@ -289,6 +311,32 @@ def test_two_joints_before_clutter(tmp_path: Path) -> None:
     assert (fit.q - q).abs().max() < 0.05
     assert fit.verdict == "converged"
     assert fit.ambiguous_joints == ()
+
+
+def test_a_round_flange_is_named(tmp_path: Path) -> None:
+    """It has the same outline at every angle; the bar that carries it has not."""
+    flange = """<body pos=".2 0 .06"><joint name="flange" axis="0 0 1" range="-3 3"/>
+    <geom type="cylinder" size=".05 .03" rgba=".9 .8 .2 1"/></body>"""
+    model = ks.SelfModel.from_description(flat_arm(tmp_path, 1, flange), n=3_000)
+    q = torch.tensor([0.7, 0.4])
+    camera = ks.Camera.framing(model.posed(q).means, width=320, height=240)
+    out = model.render(q, camera)
+    assert out.rgb is not None
+    assert out.alpha is not None
+    rgb = (out.rgb - (1.0 - out.alpha[..., None]) * (1.0 - clutter(240, 320, 1))).clamp(0, 1)
+    seen = Observation.create(rgb, None, camera, unknown=True)
+    found, proof = with_turns(model, seen, objective_at(model, seen, SHARPEN), at(model, q[None], camera))
+    assert len(found.q) == 2
+    assert found.q[1, 0] == q[0]
+    assert (found.q[1, 1] - q[1]).abs() > 0.2
+    assert proof.losses.max() < rival_loss(proof.losses.min().item())
+
+
+def test_guesses_that_get_no_neighbours(kinearm: ks.SelfModel, scene: Scene) -> None:
+    q, camera, _ = scene
+    guesses, like = torch.stack([q, q + 0.01]), at(kinearm, q[None], camera)
+    assert torch.equal(neighbours(like, guesses, 2, 0).q, kinearm.tree.clamp(guesses))
+    assert len(neighbours(like, guesses, 64, 0).q) == 64
 
 
 def test_a_single_joint_is_never_rested(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def calibrate(
     the robot fills the masks' boxes, and the best of them, rendered small, become starts. All images then sharpen the
     cameras together by Levenberg-Marquardt, in the end at 512 px with a robust loss: masks with holes and things that
     the model lacks hardly matter. The more images, and the more different their configurations, the better. Pictures
-    are rendered on the model's device; the result is on the CPU.
+    are rendered on the model's device, contours always on the CPU; the result is on the CPU.
 
     Args:
         model: self-model of the robot.

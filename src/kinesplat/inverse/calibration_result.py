@@ -212,12 +212,15 @@ def summary(
     last = solutions[-1]
     best = last.state.select(last.linearization.loss.argmin()[None])
     shifts = [camera_shifts(other, best) for other in without]
+    hypotheses = distinct_answers(last.state, last.linearization.loss)
+    rival = len(hypotheses) > 1 and hypotheses[1].loss < AMBIGUOUS_RATIO * hypotheses[0].loss
+    by_pictures = "failed" if not explained(solutions, finest) else "ambiguous" if rival else "converged"
     return assembled(
         finest.model,
         finest.full,
         best,
-        explained(solutions, finest),
-        distinct_answers(last.state, last.linearization.loss),
+        by_pictures,
+        hypotheses,
         about_cameras(displaced_covariance(finest, best), best),
         shifts,
         image_qualities(finest, best, shifts, groups),
@@ -230,7 +233,7 @@ def assembled(
     model: SelfModel,
     full: Camera,
     best: CameraGuesses,
-    explains: bool,
+    by_pictures: str,
     hypotheses: tuple[CameraHypothesis, ...],
     covariance: Float[Tensor, "p p"],
     shifts: list[tuple[Tensor, Tensor]],
@@ -244,7 +247,7 @@ def assembled(
         model: whose inside no camera may see.
         full: any camera of the size of the images.
         best: the answer, a batch of one.
-        explains: whether it explains the images.
+        by_pictures: the verdict, as far as the images and the other answers tell.
         hypotheses: distinct answers, best first.
         covariance: with the cameras' twists about their own centres.
         shifts: of the answers without some images, see `camera_shifts`.
@@ -281,7 +284,7 @@ def assembled(
         images=images,
         hypotheses=hypotheses,
         distance_m=tuple(distances),
-        verdict=verdict_of(explains, hypotheses, [position_std(covariance, c) for c in range(rig.cameras)], distances),
+        verdict=verdict_of(by_pictures, [position_std(covariance, c) for c in range(rig.cameras)], distances),
         seconds=seconds,
     )
 
@@ -368,20 +371,10 @@ def explained(solutions: list[Solution[CameraGuesses]], finest: CalibrationObjec
     return silhouette_iou(alpha[0].cpu(), finest.observation.silhouette()).mean().item() >= IOU_FAILURE
 
 
-def verdict_of(
-    explains: bool, hypotheses: tuple[CameraHypothesis, ...], std_m: Sequence[float], distance_m: Sequence[float]
-) -> str:
-    """``failed`` where images are not explained; ``ambiguous`` where another answer explains them nearly as well.
-
-    Or where the standard deviation of a camera's position exceeds 1 % of its distance.
-    """
-    if not explains:
-        return "failed"
-    if any(not std <= UNSURE_SHARE * distance for std, distance in zip(std_m, distance_m, strict=True)):
-        return "ambiguous"
-    if len(hypotheses) > 1 and hypotheses[1].loss < AMBIGUOUS_RATIO * hypotheses[0].loss:
-        return "ambiguous"
-    return "converged"
+def verdict_of(by_pictures: str, std_m: Sequence[float], distance_m: Sequence[float]) -> str:
+    """What the images say, but ``ambiguous`` where a position's standard deviation exceeds 1 % of the distance."""
+    unsure = any(not std <= UNSURE_SHARE * distance for std, distance in zip(std_m, distance_m, strict=True))
+    return "ambiguous" if by_pictures == "converged" and unsure else by_pictures
 
 
 def _finite(value: float) -> float | None:

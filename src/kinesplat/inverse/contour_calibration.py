@@ -22,9 +22,10 @@ from kinesplat.inverse.calibration_result import (
 )
 from kinesplat.inverse.camera_search import distinct_rotations, spread_rows
 from kinesplat.inverse.contour_cameras import Templates, slid_cameras
-from kinesplat.inverse.contour_fit import SYSTEMATIC, UNSEEN
+from kinesplat.inverse.contour_fit import SYSTEMATIC
 from kinesplat.inverse.contour_objective import ContourObjective, Poses
 from kinesplat.inverse.contour_search import ContourLevel
+from kinesplat.inverse.contour_verdict import verdict_of
 from kinesplat.inverse.contours import unlit
 from kinesplat.inverse.edges import EdgePictures
 from kinesplat.inverse.levenberg_marquardt import levenberg_marquardt
@@ -85,12 +86,13 @@ def calibrated_by_contours(
     covariance = SYSTEMATIC**2 * covariance_of(at.hessian[index], at.loss[index].item(), points)
     groups = spread_groups(rig)
     shifts = [camera_shifts(without(objective, best, rows), best) for rows in groups]
+    hypotheses = distinct_answers(guesses, proof.losses)
     return assembled(
         objective.model,
         objective.full,
         best,
-        proof.losses[index].item() < UNSEEN,
-        distinct_answers(guesses, proof.losses),
+        verdict_of([h.loss for h in hypotheses]),
+        hypotheses,
         about_cameras(covariance, best),
         shifts,
         qualities(here, best, shifts, groups),

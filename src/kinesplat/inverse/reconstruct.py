@@ -14,7 +14,7 @@ from kinesplat.camera import Camera
 from kinesplat.errors import InputError
 from kinesplat.inverse.attempts import Attempt, Problem, planned
 from kinesplat.inverse.coarse_to_fine import Refinement, levels_for, refine, same_place
-from kinesplat.inverse.contour_fit import reconstruct_by_contours
+from kinesplat.inverse.contour_fit import NEIGHBOURS, reconstruct_by_contours
 from kinesplat.inverse.initializer import Initializer
 from kinesplat.inverse.objective import Configurations, PhotometricObjective
 from kinesplat.inverse.observation import ImageLike, Observation, given_camera
@@ -58,8 +58,10 @@ def reconstruct(
     result is on the CPU.
 
     A picture without a mask whose background is not of one colour is fitted by the robot's contours
-    (`kinesplat.inverse.contour_fit`): joint by joint along the chain, then all of them up to 640 px. Its loss is the
-    share that is missing of the evidence that edges could give: 0 is all of it, 1 what chance gives.
+    (`kinesplat.inverse.contour_fit`): joint by joint along the chain, then all of them up to 640 px, on
+    the CPU whatever the model's device. Its loss is the share that is missing of the evidence that edges could give: 0
+    is all of it, 1 what chance gives; it is "converged" only where no other answer has half of its evidence and no
+    joint could stand elsewhere unnoticed (`kinesplat.inverse.contour_verdict`).
 
     A photograph, whose colours another light made, gets a second look in that light, up to 512 px
     (`kinesplat.inverse.photograph`); it is known by its mask and by colours that an estimated light explains better.
@@ -76,8 +78,10 @@ def reconstruct(
         q_init: ``(dof,)`` start, or ``(m, dof)`` several, which get no neighbours [rad]/[m]; default: no idea.
         optimize_camera: also move every camera, six numbers a view.
         starts: number of starts that are optimised, in a single attempt; with 1, `q_init` gets no neighbours. Default:
-            32, or 48 without `q_init`, in as many attempts as it takes.
+            32, or 48 without `q_init`, in as many attempts as it takes. By contours the whole chain is searched in any
+            case, and 16 of what was found are optimised, 4 at least.
         colour_weight: weight of the colours against the mask; 0.1 for photographs whose light is not a headlight.
+            Refused where contours alone are looked for, as is an `initializer`.
         initializer: a learned start, which is tried before the search; default: the one that comes with the package for
             this robot, if there is one. False: none.
         priors: soft terms beside the pixels: links that must not pass through each other, joints off their limits.
@@ -102,7 +106,7 @@ def reconstruct(
     problem = Problem(on_cpu, observation, q_init, seed, optimize_camera, known, learned, colour_weight, priors, device)
     if q_init is not None and known:
         on_cpu.check_camera(problem.reference[0], observation.camera)
-    fit = before_anything(problem, starts) if observation.unknown else first_look(problem, attempts)
+    fit = before_anything(problem, starts, bool(initializer)) if observation.unknown else first_look(problem, attempts)
     light = None if fit.evidence["unexplained"] < EXPLAINED else light_of(on_cpu, observation, fit)
     if light is not None:
         fit = seen_again(on_cpu, observation, fit, light, seed, device)
@@ -111,19 +115,31 @@ def reconstruct(
     return replace(at_rest(on_cpu, fit, problem.reference), seconds=time.perf_counter() - began)
 
 
-def before_anything(problem: Problem, starts: int | None) -> FitResult:
+def before_anything(problem: Problem, starts: int | None, initializer: bool) -> FitResult:
     """The answer where nothing tells the robot from what is behind it but its contours.
 
+    Args:
+        problem: what was asked.
+        starts: see `reconstruct`.
+        initializer: whether the caller gave one.
+
     Raises:
-        InputError: free cameras, soft terms, or splats that do not ride on one link each.
+        InputError: free cameras, soft terms, colours, a learned start, or splats that do not ride on one link each.
     """
+    if initializer or problem.colour_weight != 1.0:
+        raise InputError(
+            "the background is not plain and there are no masks: contours alone are looked for then, which know no "
+            "initializer and no colour_weight; leave these out, or give masks or a backdrop"
+        )
     if problem.camera_free or problem.priors is not None or problem.model.skinning is not None:
         raise InputError(
             "the background is not plain and there are no masks: only the joints of a model without a skinning field "
             "are found then, with known cameras and without priors; give masks or a backdrop"
         )
-    near, seed = problem.q_init is not None, problem.seed
-    return reconstruct_by_contours(problem.model, problem.observation, problem.reference, near, starts, seed)
+    several = problem.q_init is not None and torch.as_tensor(problem.q_init).dim() > 1
+    alone, seed = len(problem.reference) if several or starts == 1 else NEIGHBOURS, problem.seed
+    around = 0 if problem.q_init is None else alone
+    return reconstruct_by_contours(problem.model, problem.observation, problem.reference, around, starts, seed)
 
 
 def first_look(problem: Problem, attempts: list[Attempt]) -> FitResult:

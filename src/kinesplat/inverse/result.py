@@ -50,6 +50,7 @@ class FitResult:
         seconds: wall time.
         evidence: figures that the verdict rests on.
         joint_types: "hinge" or "slide" of every joint.
+        rival_loss: the loss up to which another hypothesis fits nearly as well; None: 1.3 times that of the answer.
     """
 
     q: Float[Tensor, " dof"]
@@ -64,6 +65,7 @@ class FitResult:
     seconds: float
     evidence: Mapping[str, Any] = field(default_factory=dict)
     joint_types: tuple[str, ...] = ()
+    rival_loss: float | None = None
 
     @property
     def loss(self) -> float:
@@ -90,7 +92,8 @@ class FitResult:
     @property
     def ambiguous_joints(self) -> tuple[str, ...]:
         """Joints in which hypotheses that fit nearly as well differ: by 0.1 rad, full turns aside, or 0.1 m."""
-        rivals = [h.q for h in self.hypotheses[1:] if h.loss < AMBIGUOUS_RATIO * self.loss]
+        limit = AMBIGUOUS_RATIO * self.loss if self.rival_loss is None else self.rival_loss
+        rivals = [h.q for h in self.hypotheses[1:] if h.loss <= limit]
         away = torch.stack([self.q, *rivals]) - self.q
         hinges = torch.tensor([kind == "hinge" for kind in self.joint_types])
         turned = torch.remainder(away + math.pi, 2.0 * math.pi) - math.pi

@@ -19,14 +19,14 @@ from kinesplat import cli
 from kinesplat.errors import InputError
 from kinesplat.files import write_png
 from kinesplat.inverse.priors import Priors
-from kinesplat.inverse.rendered_tracks import follow_rendered, queried, rendered_chamfer, rendered_tracks
+from kinesplat.inverse.rendered_tracks import follow_rendered, queried, rendered_distance, rendered_tracks
 from kinesplat.inverse.retarget import demonstrated
 from kinesplat.inverse.retarget_result import Alignment, Motion
 from kinesplat.inverse.retarget_search import limbs
 from kinesplat.inverse.retargeting import between, distinct
 from kinesplat.inverse.search import joint_scale
 from kinesplat.inverse.surface_tracks import SurfaceTracks
-from kinesplat.inverse.track_matching import chamfer, equal_pairs, first_distances, track_pairs
+from kinesplat.inverse.track_matching import equal_pairs, first_distances, frame_pairs, track_pairs
 from kinesplat.inverse.track_objective import TrackObjective
 from kinesplat.inverse.trajectory import Smoothness, Trajectory, solve_trajectory
 from kinesplat.video import read_frames
@@ -213,12 +213,16 @@ def test_chamfer_frame_by_frame(arm: ks.SelfModel, camera: ks.Camera, shown: Poi
     fit = ks.retarget(arm, shown, camera, q_init=motion + 0.06, objective="frames")
     assert fit.loss_history[-1] < fit.loss_history[0]
     every = SurfaceTracks.on(arm, camera, 2_000)
-    values = [chamfer(shown, every.tracks(q), 0.1).item() for q in (fit.q, arm.tree.clamp(motion + 0.06))]
+    values = []
+    for q in (fit.q, arm.tree.clamp(motion + 0.06)):
+        pairs = frame_pairs(shown, ours := every.tracks(q), 0.1)
+        away = ours.points[pairs.frame, pairs.ours] - pairs.target
+        values.append((pairs.weight * away.square().sum(dim=-1)).sum())
     assert values[0] < 0.5 * values[1]
 
 
 def test_gradient_of_the_paper_objective(kinearm: ks.SelfModel, motion: Tensor, camera: ks.Camera) -> None:
-    """Through rendering, tracker and Chamfer distance, in double precision, against differences."""
+    """Through rendering, tracker and distance, in double precision, against differences."""
     model, small = kinearm.subsample(150), camera.resized(40, 40)
     points = queried(SurfaceTracks.on(model, small, 150), motion[0])
     model, small = model.to(dtype=torch.float64), small.to(dtype=torch.float64)
@@ -229,7 +233,7 @@ def test_gradient_of_the_paper_objective(kinearm: ks.SelfModel, motion: Tensor, 
         target = rendered_tracks(points, tracker, q + 0.05)
 
     def loss(q: Tensor) -> Tensor:
-        return rendered_chamfer(points, target, tracker, q)
+        return rendered_distance(points, target, tracker, q)
 
     q = q.requires_grad_()
     (slope,) = torch.autograd.grad(loss(q), q)
@@ -279,7 +283,7 @@ def test_the_paper_objective_improves(arm: ks.SelfModel, camera: ks.Camera, moti
     assert min(losses) < losses[0]
     points = queried(surface, motion[0])
     with pytest.raises(InputError, match="without gradients"):
-        rendered_chamfer(points, shown, lambda f, q: lucas_kanade(f.detach(), q.detach()), motion[:4].requires_grad_())
+        rendered_distance(points, shown, lambda f, q: lucas_kanade(f.detach(), q.detach()), motion[:4].requires_grad_())
 
 
 def test_a_joint_beyond_its_limit_comes_back(surface: SurfaceTracks, shown: PointTracks, motion: Tensor) -> None:
@@ -291,7 +295,7 @@ def test_a_joint_beyond_its_limit_comes_back(surface: SurfaceTracks, shown: Poin
         return ((q - (start + step if next(calls) < 3 else start - step)) / step).square().sum()
 
     ties = Smoothness(torch.zeros(tree.dof), torch.zeros(tree.dof), start)
-    with patch("kinesplat.inverse.rendered_tracks.rendered_chamfer", pulls):
+    with patch("kinesplat.inverse.rendered_tracks.rendered_distance", pulls):
         q, losses = follow_rendered(surface, shown, lucas_kanade, start, ties, steps=60)
     assert losses[-1] < 0.1 * losses[3]
     assert ((q - (start - step)).abs() < 0.5 * step).all()

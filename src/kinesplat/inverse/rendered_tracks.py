@@ -31,7 +31,9 @@ def follow_rendered(
     ties: Smoothness,
     steps: int = STEPS,
 ) -> tuple[Float[Tensor, "frames dof"], list[float]]:
-    """Minimise the Chamfer distance between the demonstration's tracks and those that `tracker` finds in our frames.
+    """Minimise the distance of the demonstration's tracks from those that `tracker` finds in our frames.
+
+    Which distance, and where it departs from the paper's, `rendered_distance` says.
 
     The tracker is asked for the same points of our surface in every step, where they are in our first frame by then:
     places in the picture that stay would say nothing of an error that all frames share, and places that are drawn anew
@@ -63,7 +65,7 @@ def follow_rendered(
     best, losses = (torch.inf, q), []
     for _ in range(steps):
         motion = u * scale
-        loss = rendered_chamfer(points, target, tracker, motion) / float(factor[0]) ** 2
+        loss = rendered_distance(points, target, tracker, motion) / float(factor[0]) ** 2
         total = loss + _smooth(ties, motion)
         losses.append(float(total.detach()))
         best = min(best, (losses[-1], tree.clamp(motion.detach())), key=lambda pair: pair[0])
@@ -95,13 +97,16 @@ def queried(surface: SurfaceTracks, q: Float[Tensor, " dof"]) -> SurfaceTracks:
     return replace(points, camera=surface.camera)
 
 
-def rendered_chamfer(
+def rendered_distance(
     points: SurfaceTracks, shown: PointTracks, tracker: PointTracker, q: Float[Tensor, "frames dof"]
 ) -> Float[Tensor, ""]:
-    """Liu et al. 2024, eq. 10, with our tracks from a tracker on rendered frames; differentiable in q [px^2].
+    """Half of Liu et al. 2024, eq. 10, between whole tracks; differentiable in q through tracker and renderer [px^2].
 
-    Nearest is what is nearest over all frames: of a finger that is off by its width, the frames by themselves would
-    take the next one.
+    It is the mean squared distance of every demonstrated track from the one of ours that is nearest over all the frames
+    it is seen in, added up. The Chamfer distance of eq. 10 looks for the nearest point in every frame by itself, and
+    from ours to theirs as well: of a finger that is off by its width it takes the next one, and ours see what no
+    demonstrated track may lie on. Our tracks that are seen in fewer than half of the frames are left out; when the
+    others are hidden makes no difference.
 
     Args:
         points: of our surface; the tracker is asked for them in the first frame.

@@ -57,7 +57,8 @@ def retarget(
       one may be combined with those of another.
     - ``frames``: the same tracks, but the Chamfer distance of eq. 10 in every frame by itself, both ways. It needs a
       start that is near, or a demonstration that shows much.
-    - ``rendered``: the paper's: the tracker runs on our rendered frames, and gradients go through it (Adam). Slow.
+    - ``rendered``: the paper's way: the tracker runs on our rendered frames, and gradients go through it (Adam). Slow.
+      Its distance departs from eq. 10: whole tracks, and from the demonstration's to ours only.
 
     Args:
         model: self-model of our robot, its splats bound to links.

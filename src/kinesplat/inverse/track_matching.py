@@ -34,20 +34,13 @@ class Pairs:
         return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in ("frame", "ours", "target", "weight")))
 
 
-def chamfer(shown: PointTracks, ours: PointTracks, backward: float = 1.0) -> Float[Tensor, ""]:
-    """Sum over time of Chamfer distances between two sets of tracks [px^2] (Liu et al. 2024, eq. 10).
-
-    In every frame: the mean over the points that the demonstration shows of the squared distance to our nearest, plus
-    `backward` times the same the other way round. Differentiable in ours; which point is nearest is not.
-    """
-    pairs = frame_pairs(shown, ours, backward)
-    away = ours.points[pairs.frame, pairs.ours] - pairs.target
-    return (pairs.weight * away.square().sum(dim=-1)).sum()
-
-
 @torch.no_grad()
 def frame_pairs(shown: PointTracks, ours: PointTracks, backward: float = 1.0) -> Pairs:
-    """The nearest visible point in every frame, both ways; weights make a sum of means over the points of a frame."""
+    """The nearest visible point in every frame, both ways: the pairs of Liu et al. 2024, eq. 10.
+
+    With their weights the squared distances add up to the sum over time of Chamfer distances: in every frame the mean
+    over the points that the demonstration shows, plus `backward` times the mean over ours the other way round.
+    """
     parts = []
     for start in range(0, len(shown.points), CHUNK_FRAMES):
         rows = slice(start, start + CHUNK_FRAMES)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import kinesplat as ks
-from kinesplat.errors import InputError
+from kinesplat.errors import InputError, UnseenError
 from kinesplat.inverse.anchoring import Bound, anchored, misfit, through
-from kinesplat.inverse.key_frames import KeyFrames, of_frame, unwrapped
+from kinesplat.inverse.clip import Clip
+from kinesplat.inverse.key_frames import KeyFrames, key_frames, of_frame, unwrapped
 from kinesplat.inverse.outline import outline, outlined
 from kinesplat.inverse.result import FitResult, Hypothesis
 from kinesplat.inverse.retarget_result import Alignment
@@ -198,6 +199,23 @@ def test_what_is_ambiguous_in_all_frames_is_said_to_be(arm: ks.SelfModel, camera
     assert fit.to_json()["ambiguous"]
     assert len(fit.hypotheses) == 2
     assert off(arm, fit.q, motion) < 0.05 < off(arm, fit.hypotheses[1].q, motion)
+
+
+def test_frames_without_the_robot_are_no_key_frames(arm: ks.SelfModel, camera: ks.Camera, motion: Tensor) -> None:
+    """The middle mask is empty; the last frame's answer has the camera inside the robot."""
+    out = arm.render(motion, camera)
+    assert out.rgb is not None
+    assert out.alpha is not None
+    masks = out.alpha.clamp(0.0, 1.0)
+    masks[len(masks) // 2] = 0.0
+    clip = Clip.read(out.rgb, masks, None, camera, 64)
+    answers = [fit_of(camera, motion[0]), UnseenError("inside the robot")]
+    wanted = patch("kinesplat.inverse.key_frames.FEWEST", 3)
+    with wanted, patch("kinesplat.inverse.key_frames.reconstruct", side_effect=answers) as asked:
+        known = key_frames(arm, clip, camera, 0)
+    assert asked.call_count == 2
+    assert known is not None
+    assert known.frames.tolist() == [0]
 
 
 def test_key_frames_on_either_side_of_a_full_turn(arm: ks.SelfModel, motion: Tensor) -> None:

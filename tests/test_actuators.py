@@ -80,3 +80,24 @@ def test_other_actuators_hold_no_position(tmp_path: Path, hinge: str) -> None:
     q = torch.zeros(2, robot.tree.dof, dtype=torch.float64)
     with pytest.raises(InputError, match="no position actuator for turn; "):
         execute(robot, q, 0.1, start_state(robot, world, q[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "scene", "most"),
+    [
+        ("franka_emika_panda/panda.xml", "franka_emika_panda/scene.xml", 0.02),
+        ("shadow_hand/right_hand.xml", "shadow_hand/scene_right.xml", 0.2),  # two joints of a finger share a tendon
+    ],
+)
+def test_robots_in_menagerie_s_own_scenes(shared: Path, model: str, scene: str, most: float) -> None:
+    """A quarter of the way to the upper limits, the Panda's gripper by its tendon and controls from 0 to 255."""
+    robot = ks.load_description(shared / "robots" / model)
+    world = mujoco.MjModel.from_xml_path(str(shared / "robots" / scene))
+    begin = robot.tree.q_canonical.double()
+    end = robot.tree.clamp(begin + 0.25 * (robot.tree.q_upper - begin).clamp(max=1.0))
+    q = begin + torch.linspace(0.0, 1.0, 6).double()[:, None] * (end - begin)
+    execution = execute(robot, q, 0.5, start_state(robot, world, q[0]))
+    assert execution.error < most
+    slides = torch.tensor([kind == "slide" for kind in robot.tree.joint_types])
+    torch.testing.assert_close(execution.q_end[slides], end[slides], atol=2e-3, rtol=0)

@@ -111,6 +111,17 @@ def test_inspect_tells_what_a_description_holds(tmp_path: Path) -> None:
     assert read_image(tmp_path / "arm.png").mean() < 0.99
 
 
+def test_names_are_printed_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brackets and colons are no markup, in lines, in titles of tables, and in refusals."""
+    monkeypatch.chdir(tmp_path)
+    name = "[bold]arm[/red]:cat:.safetensors"
+    Path(name).parent.mkdir(parents=True)
+    built = kinesplat("build", "kinearm", "-o", name, "--n", "500")
+    assert f"wrote {name}: " in built.stdout
+    assert name in kinesplat("models", name).stdout
+    assert f"none{name}" in one_line(kinesplat("models", f"none{name}"))
+
+
 def test_models_lists_the_packaged_ones_and_their_joints() -> None:
     listed = kinesplat("models")
     assert listed.returncode == 0

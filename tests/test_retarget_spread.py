@@ -47,7 +47,7 @@ def test_tracks_of_the_upper_arm_say_nothing_beyond_the_elbow(
     assert fit.std is not None
     assert (fit.q - motion)[:, elbow].abs().max() > 0.3
     assert ((fit.q - motion).abs() < 3.0 * fit.std)[:, elbow:].all()
-    assert (fit.std[:, :elbow] < 0.01).all()
+    assert (fit.std[:, :elbow] < 0.03).all()
     assert fit.std[-1, elbow:].isinf().all()
     assert fit.std[0, elbow] == pytest.approx(0.1, rel=0.05)  # as q_init is said to be
 
@@ -57,7 +57,7 @@ def test_tracks_of_all_links_tell_all_joints(arm: ks.SelfModel, every: SurfaceTr
     fit = ks.retarget(arm, shown, every.camera, q_init=motion[0])
     assert fit.std is not None
     assert fit.std.isfinite().all()
-    assert 0.1 < ((fit.q - motion) / fit.std).square().mean().sqrt() < 2.0
+    assert 0.05 < ((fit.q - motion) / fit.std).square().mean().sqrt() < 2.0
     elsewhere = PointTracks(shown.points + 5_000.0, shown.visible)
     lost = ks.retarget(arm, elsewhere, every.camera, q_init=motion[0])
     assert lost.verdict == "failed"

@@ -68,8 +68,8 @@ class RetargetResult:
         joint_names: names of the columns of q.
         q: ``(frames, dof)`` [rad]/[m].
         camera: the given one.
-        covariance: ``(frames, dof, dof)`` of the joints of every frame [rad^2]/[m^2], from residuals taken for
-            independent, the alignment included; see `kinesplat.inverse.retarget_spread`. Infinite variance where the
+        covariance: ``(frames, dof, dof)`` of the joints of every frame [rad^2]/[m^2], every track taken for one
+            observation, the alignment included; see `kinesplat.inverse.retarget_spread`. Infinite variance where the
             tracks say no more of a joint than its range; where `q_init` does, its 0.1 rad. None for the rendered
             objective.
         loss_history: cost of the best start after every iteration; values of different levels are not comparable.

@@ -25,11 +25,12 @@ def spread(
 ) -> Float[Tensor, "frames dof dof"]:
     """Covariances of the joints of every frame [rad^2]/[m^2].
 
-    Residuals are taken for independent, and for a tenth of a pixel at least. Smoothness is taken for what it is, a
-    guess: accelerations are as large as this motion's own. The pull towards the start is worth what it costs where a
-    pixel of error is one standard deviation: 0.1 rad where the joints were known, and nearly nothing elsewhere. A
-    partner beside a joint may as well lie on the other side, and says nothing here; nor do the few partners on a link
-    that is in sight and nearly bare of tracks, since these are of what is shown in its place.
+    A track counts as one observation, since a partner that is off is off in all frames; its residual is a tenth of a
+    pixel at least. Smoothness is taken for what it is, a guess: accelerations are as large as this motion's own. The
+    pull towards the start is worth what it costs where a pixel of error is one standard deviation: 0.1 rad where the
+    joints were known, and nearly nothing elsewhere. A partner beside a joint may as well lie on the other side, and
+    says nothing here; nor do the few partners on a limb that is in sight and nearly bare of tracks, since these are of
+    what is shown in its place.
 
     Args:
         ours: points all over our surface.
@@ -55,10 +56,8 @@ def spread(
     turns = torch.tensor([kind == "hinge" for kind in tree.joint_types])
     width = (tree.q_upper - tree.q_lower).float()
     width = torch.where(tree.q_limited | ~turns, width, ALL_ROUND)
-    weights = equal_pairs(told).weight
-    variance = (
-        max(blocks.loss / len(weights), (LEAST_PX * unit) ** 2 * weights.mean().item()) if len(weights) else math.inf
-    )
+    tracks = int(told.visible.any(dim=0).sum())
+    variance = max(blocks.loss / tracks, (LEAST_PX * unit) ** 2) if tracks else math.inf
     return covariances(blocks, guess, variance, width / EVEN)
 
 

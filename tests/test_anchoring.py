@@ -236,6 +236,16 @@ def test_key_frames_on_either_side_of_a_full_turn(arm: ks.SelfModel, motion: Ten
     assert torch.equal(out[:, 2:], q[:, 2:])
 
 
+@pytest.mark.slow
+def test_key_frames_by_reconstruct_itself(arm: ks.SelfModel, camera: ks.Camera, motion: Tensor) -> None:
+    """Nothing is known: its own search finds two frames of the video, tracks carry them on."""
+    frames = arm.render(motion, camera).rgb
+    assert frames is not None
+    fit = ks.retarget(arm, frames, camera, q_init="pixels")
+    assert fit.start == "pixels"
+    assert off(arm, fit.q, motion) < 0.02
+
+
 @pytest.mark.usefixtures("unchecked_types")
 def test_other_words_than_pixels_are_refused(arm: ks.SelfModel, camera: ks.Camera) -> None:
     word: Any = "picture"

@@ -89,7 +89,8 @@ def test_a_film_that_fails_leaves_table_and_json(kinearm: ks.SelfModel, camera: 
         raise InputError("disk full")
 
     module = "kinesplat.commands.retarget"
-    followed, read = patch(f"{module}.follow", lambda *_, **__: fit), patch(f"{module}.read_frames", lambda _: iter(frames))
+    followed = patch(f"{module}.follow", lambda *_, **__: fit)
+    read = patch(f"{module}.read_frames", lambda _: iter(frames))
     rate, film = patch(f"{module}.frame_rate", lambda _: 30.0), patch(f"{module}.write_video", fails)
     with followed, read, rate, film, patch("sys.argv", words), pytest.raises(SystemExit):
         cli.main()

@@ -40,7 +40,7 @@ def outline(points: Float[Tensor, "n 2"], camera: Camera) -> tuple[Float[Tensor,
     y, x = torch.meshgrid(torch.arange(small.height) + 0.5, torch.arange(small.width) + 0.5, indexing="ij")
     away = torch.cdist(torch.stack([x, y], dim=-1).reshape(-1, 2), p).amin(dim=1)
     grown = np.pad((away < max(reach, 1.0)).reshape(small.height, small.width).numpy(), 1, mode="edge")
-    inside = distance_transform_edt(grown)[1:-1, 1:-1] > SHRUNK * reach
+    inside = np.asarray(distance_transform_edt(grown))[1:-1, 1:-1] > SHRUNK * reach
     return torch.from_numpy(inside).float(), small
 
 

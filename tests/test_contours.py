@@ -298,6 +298,7 @@ def flat_arm(folder: Path, joints: int, last: str = "") -> Robot:
     return ks.load_description(folder / "arm.xml")
 
 
+@pytest.mark.slow
 def test_two_joints_before_clutter(tmp_path: Path) -> None:
     """Without a mask and a start."""
     model = ks.SelfModel.from_description(flat_arm(tmp_path, 2), n=3_000)
